@@ -78,7 +78,6 @@ Zeros = Mapping[str, tuple[nn.Parameter, Tensor]]  # parameters, and where they 
 
 
 def _zeros(model: nn.Module) -> Zeros:
-    """Return the matrices that have zeros."""
     embeddings = {
         id(own) for module in model.modules() if isinstance(module, nn.Embedding) for own in module.parameters()
     }

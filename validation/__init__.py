@@ -3,13 +3,12 @@
 from ._advice import Advice, advise
 from ._compare import compare
 from ._evaluate import Evaluation, evaluate
-from ._perplexity import Perplexity, final_states, mean_kl, perplexity, perplexity_of, streamed_evaluation
+from ._perplexity import Perplexity, final_states, mean_kl, perplexity, streamed_evaluation
 from ._samples import compare_samples
-from ._verify import BoundReport, Verification, verify
+from ._verify import Verification, verify
 
 __all__ = [
     "Advice",
-    "BoundReport",
     "Evaluation",
     "Perplexity",
     "Verification",
@@ -20,7 +19,6 @@ __all__ = [
     "final_states",
     "mean_kl",
     "perplexity",
-    "perplexity_of",
     "streamed_evaluation",
     "verify",
 ]

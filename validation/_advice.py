@@ -36,7 +36,6 @@ class Way:
 
     @property
     def times(self) -> float:
-        """The perplexity over that of the dense model."""
         return self.perplexity / self.dense
 
 

@@ -219,7 +219,6 @@ def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str,
 
 
 def _texts(sources: Sequence[str]) -> dict[str, str]:
-    """Return the texts by a short name."""
     if not 0 < len({Path(source).stem for source in sources}) == len(sources):
         raise RecipeError(f"Evaluation texts {', '.join(sources)}: give one or more, no two with the same file name.")
     return {Path(source).stem: text_of(source) for source in sources}
@@ -244,7 +243,6 @@ def _claim(staging: Staging, card: dict[str, Any], variants: Sequence[Variant], 
 
 
 def _model_hash(model: HuggingFaceModel) -> str:
-    """Return the sha256 of all parameters, by name, as in memory."""
     total = hashlib.sha256()
     for name, parameter in model.model.named_parameters():
         total.update(name.encode())

@@ -174,7 +174,6 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
 
 
 def _require_comparable(model: HuggingFaceModel, dense: HuggingFaceModel) -> None:
-    """Refuse two models that predict different tokens."""
     read = [each.tokenizer(SENTENCE)["input_ids"] for each in (model, dense) if each.tokenizer is not None]
     if dense.vocab_size != model.vocab_size or read[1:] not in ([], read[:1]):
         raise ModelError(

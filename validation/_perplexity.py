@@ -73,21 +73,9 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> P
 
 @torch.no_grad()
 def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, batch_size: int = 1) -> Perplexity:
-    """Compute the perplexity of a source of logits.
+    """Compute the perplexity of ids [windows window] by pieces of logits [batch positions vocabulary].
 
     Logits are widened to float32 by window, and losses are summed in float64; batches come once, in order.
-
-    Args:
-        logits: gives, for a batch [batch window], pieces [batch positions vocabulary] of all positions but the last, in
-            order.
-        tokens: token ids [windows window].
-        batch_size: windows per batch.
-
-    Returns:
-        The perplexity.
-
-    Raises:
-        CalibrationError: there is no window, or no token to predict; or the batch size is not positive.
     """
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise CalibrationError(

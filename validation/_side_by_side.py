@@ -75,7 +75,6 @@ class Comparison:
 
     @property
     def units(self) -> int:
-        """Number of calls of `on_layer` in `run`."""
         return len(self._model.layers) * len(self._networks)
 
     @torch.no_grad()
@@ -113,7 +112,6 @@ class Comparison:
 
     @torch.no_grad()
     def likelihoods(self) -> dict[str, dict[str, Likelihood]]:
-        """Return likelihoods by text and network, after `run`."""
         last, found = len(self._model.layers), {}
         for name in self._tokens.texts:
             states = {network: self._store.states(network, last, _stream(name)) for network in self._networks}
@@ -195,12 +193,10 @@ class Comparison:
     def _through(
         self, context: LayerContext, name: str, stream: str, known: Mapping[CachedSubmodule, Recorded] | None = None
     ) -> Iterator[Tensor]:
-        """Send a stream through the layer in its current state."""
         states = self._states(name, context.number, stream)
         return through(context.layer, context.calls, states, known)
 
     def _advanced(self, name: str) -> list[str]:
-        """Return the streams for which a variant has separate states."""
         return [s for s in self._batches if s != FITTED or self._variants[name].prefix == "pruned"]
 
 
@@ -230,7 +226,6 @@ class Watched(AbstractPruner):
 
 @contextmanager
 def _put_back(layer: DecoderLayer) -> Iterator[None]:
-    """Restore the weights of the layer at the end."""
     before = {operator: operator.read().clone() for operator in layer.operators}
     try:
         yield

@@ -171,7 +171,6 @@ class ReportedError:
 
     @property
     def fault(self) -> str:
-        """Return the disagreement in words, if any."""
         return (
             ""
             if self.agrees
@@ -196,7 +195,6 @@ def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]
 
 
 def require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, reports: Sequence[OperatorReport]) -> None:
-    """Check that two models and the report of a run have the same operators."""
     shapes = [{f"{y.name}.{o.name}": o.shape for y in m.layers for o in y.operators} for m in (dense, pruned)]
     shapes.append({report.name: (report.outputs, report.inputs) for report in reports})
     for name in dict.fromkeys(name for each in shapes for name in each):

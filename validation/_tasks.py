@@ -31,7 +31,6 @@ class TaskScore:
         return replace(self, dense=dense.value, dense_error=dense.error)
 
     def shown(self, both: bool) -> list[str]:
-        """Return the values for a table: the model's, and with `both` the dense model's."""
         return [_with_error(self.value, self.error), *([_with_error(self.dense, self.dense_error)] if both else [])]
 
 

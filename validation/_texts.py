@@ -49,7 +49,6 @@ TEXTS: dict[str, Callable[[], str]] = {"python-docs": python_docs, "licences": l
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of a source file that are longer than a line or two."""
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:  # the library carries a few files that are wrong on purpose

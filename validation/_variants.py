@@ -74,13 +74,11 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Name of the variant in tables, and of its folder."""
         spread = "" if self.allocation == "uniform" else f" {self.allocation}"
         return f"{self.method} {self.target} {self.convention}{spread}{' by row' if self.quota == 'row' else ''}"
 
     @property
     def target(self) -> str:
-        """The pattern for readers."""
         if self.sparsity is None:
             return self.pattern
         return f"{self.sparsity:g}" if self.pattern == "unstructured" else f"{self.pattern} {self.sparsity:g}"
@@ -167,7 +165,6 @@ def _variant(
 
 
 def _method(text: str) -> dict[str, Any]:
-    """Return the recipe's settings of a method named as in `make_variants`."""
     name, *pairs = text.split(":")
     if name not in (*METHODS, *SOLVERS, *QUANTIZED):
         raise RecipeError(no_method(name, (*SOLVERS, *QUANTIZED)))

@@ -40,31 +40,18 @@ WIDE = 1024  # above, a split for every row costs too much: rows share one
 
 @dataclass(frozen=True)
 class BoundReport:
-    """The error on a sample of an operator's rows, and a lower bound on the error of every pruning.
-
-    Args:
-        operator: name of the operator.
-        rows: number of rows.
-        damping: the strength of the pruner's damping.
-        error: mean |V x* - target|^2 plus the damping: the pruner's objective.
-        lower: the bound on `error`.
-        ratio: lower / error.
-        plain_error: error without damping, on the calibration tokens alone.
-        plain_lower: the bound on `plain_error`.
-        plain_ratio: plain_lower / plain_error.
-        seconds: time of both bounds.
-    """
+    """The error on a sample of an operator's rows, and a lower bound on the error of every pruning."""
 
     operator: str
     rows: int
-    damping: float
-    error: float
-    lower: float
+    damping: float  # the strength of the pruner's damping
+    error: float  # mean |V x* - target|^2 plus the damping: the pruner's objective
+    lower: float  # the bound on `error`
     ratio: float
-    plain_error: float
+    plain_error: float  # without damping, on the calibration tokens alone
     plain_lower: float
     plain_ratio: float
-    seconds: float
+    seconds: float  # of both bounds
 
 
 @dataclass

@@ -154,7 +154,6 @@ def _columns(layer: DecoderLayer, operator: AbstractOperator) -> Axis:
 
 
 def _fitting(sets: Sequence[Channels], pattern: Constraint, done: Permutation) -> list[Channels]:
-    """Return the sets that make whole groups; the rest is left alone."""
     odd = [one for one in sets if one.size % pattern.block]
     done.left |= {one.name: f"{one.size} channels are no multiple of {pattern.block}" for one in odd}
     return [one for one in sets if one not in odd]
@@ -208,7 +207,6 @@ class _Squares:
 
 
 def _logits(model: HuggingFaceModel, probe: Tensor, permuted: Sequence[Permuted]) -> Tensor:
-    """Return the logits of a window [1 length] in this order; the model is not changed."""
     names = [layer.name for layer in model.layers]
     states = MemoryStore(range(len(names)))
     walk = LayerWalk(model, [probe], states)

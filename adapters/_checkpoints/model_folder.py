@@ -177,7 +177,6 @@ def result_name(name: str) -> str:
 
 
 def documents(folder: Path) -> list[Path]:
-    """Return the cards and the licence in a model folder."""
     with reading(folder):
         found = [path for path in sorted(folder.iterdir()) if CARD.fullmatch(path.name) or LICENCE.match(path.name)]
         found = [path for path in found if path.is_file() and path.suffix != ".py"]

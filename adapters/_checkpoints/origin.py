@@ -32,7 +32,6 @@ class Origin(NamedTuple):
 
 
 def origin_of_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Origin:
-    """Return the present origin of a model in memory: checksums, and no stamps."""
     found = {name: checksum(tensor_of(model, name)) for name in model.state_dict()}
     found["configuration"] = _of_settings(model.config)
     if (generation := getattr(model, "generation_config", None)) is not None:

@@ -75,7 +75,6 @@ class Shards:
 
     @contextmanager
     def resident(self, layer: DecoderLayer) -> Iterator[None]:
-        """Load the weights of a layer from the shards during the context."""
         away = layer.module.state_dict()
         here = {name: self._read(f"{layer.name}.{name}", tensor) for name, tensor in away.items()}
         self.require_unchanged({self._stored[self._names[f"{layer.name}.{name}"]].path for name in away})
@@ -140,7 +139,6 @@ class Shards:
         return places
 
     def _write_shard(self, path: Path, target: Path, replaced: Mapping[str, Entry], places: Mapping[str, str]) -> int:
-        """Write a shard; return the bytes of its tensors."""
         here = {n: new for n, new in places.items() if self._stored[n].path == path}
         casts = {new: cast(replaced.get(n, self._stored[n]), self.dtype) for n, new in here.items()}
         specs = {n: spec for n, (spec, _) in casts.items()}
@@ -189,7 +187,6 @@ class Shards:
 
     @torch.no_grad()
     def _fill_fixed(self, model: PreTrainedModel, inside: str) -> None:
-        """Load all that is outside of the decoder layers."""
         outside = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{inside}.")}
         for name, tensor in outside.items():
             if name in self._names:

@@ -120,7 +120,6 @@ def addressed(source: str | Path) -> tuple[str | Path, str | None, str | None]:
 
 
 def documents_of(source: str | Path, split: Split, characters: int | None) -> Documents:
-    """Read a file or a data set of the hub; of the latter about so many characters."""
     check_dataset(source)
     name, column, revision = addressed(source)
     if isinstance(name, Path) or (name not in CORPORA and is_file(name)):

@@ -31,7 +31,6 @@ class Documents(NamedTuple):
 
 
 def is_conversation(row: Any) -> bool:
-    """Return True for a list of messages, each with a role and a content."""
     return isinstance(row, Sequence) and not isinstance(row, str) and len(row) > 0 and all(map(_is_message, row))
 
 

@@ -185,7 +185,6 @@ def _examples(names: Iterable[tuple[str, ...]]) -> set[str]:
 
 
 def with_rules(settings: LayerSettings, recipe: Recipe, layers: Sequence[DecoderLayer]) -> LayerSettings:
-    """Return the settings of a run with the rules of its recipe."""
     found, built = rule_of(recipe.rules, layers), recipe.build_rules()
     return replace(
         settings,

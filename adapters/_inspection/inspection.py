@@ -175,7 +175,6 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
 
 
 def _notes(recipe: Recipe, settings: LayerSettings) -> Iterator[str]:
-    """Yield notes on figures that are not counted, and on the rules."""
     if recipe.allocation not in ("uniform", "rows"):
         yield SURVEY
     for number, rule in enumerate(recipe.rules, 1):

@@ -98,7 +98,6 @@ def _values(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _overlaps(weight: Tensor) -> bool:
-    """Return True if rows overlap in memory, as in random weights."""
     return weight.untyped_storage().nbytes() < weight.nbytes
 
 
@@ -192,7 +191,6 @@ GIB = 1 << 30
 
 
 def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
-    """Return the settings that decide the cost of a run."""
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     weighed, method = recipe.allocation in WEIGHED, recipe.preset or recipe.method
     return sizes.Setting(
@@ -211,7 +209,6 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
 
 
 def device_bytes(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> int:
-    """Return the device memory that a run needs by its formula."""
     outline = read_outline(source, recipe, trust_remote_code)
     return cost.memory(outline.size, setting_of(recipe, outline)).device
 
@@ -229,5 +226,4 @@ def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool 
 
 
 def gib(size: float) -> str:
-    """Return bytes for a reader."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.1f} MiB"

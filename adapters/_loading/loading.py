@@ -221,7 +221,6 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
 
 
 def empty_model(source: str, config: PretrainedConfig, place: Mapping[str, Any], **options: Any) -> PreTrainedModel:
-    """Build a model from its configuration, with parameters that take no memory."""
     reader = model_class(source, config)
     with parameters_on_meta():
         return ask(source, lambda: reader.from_config(config, trust_remote_code=place["trust_remote_code"], **options))
@@ -238,7 +237,6 @@ def _refuse_codes(folder: Path, model: PreTrainedModel) -> None:
 def _stream(
     source: str, place: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device
 ) -> tuple[PreTrainedModel, Shards]:
-    """Open a model with its decoder layers left on the disk."""
     if "gguf_file" in place:
         raise NotStreamable("a GGUF file is unpacked whole")
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))

@@ -60,13 +60,11 @@ def set_at(settings: dict[str, Any], place: Place, value: Any) -> None:
 
 
 def built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """Return a model of the same class with new settings and parameters without memory."""
     with parameters_on_meta():
         return type(model)(type(model.config).from_dict(deepcopy(dict(settings))))
 
 
 def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
-    """Return the parameters' shapes of a model with new settings; none if there is no such model."""
     try:
         return {name: tuple(p.shape) for name, p in built(model, settings).named_parameters()}
     except REFUSALS:
@@ -95,7 +93,6 @@ class Cut:
     reads: bool  # True if the channels are inputs: removed entries are zero
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the remaining shape of a parameter."""
         counts = {len(set(numbers)) for numbers in self.removed.values()}
         experts = None not in self.removed
         if len(counts) != 1 or (experts and self.removed.keys() != set(range(shape[0]))):
@@ -104,7 +101,6 @@ class Cut:
         return tuple(size - count if i == dim else size for i, size in enumerate(shape))
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the remaining part of a `tensor`."""
         if None in self.removed:
             return tensor.index_select(self.dim, self._kept(None, tensor).to(tensor.device))
         parts = (part.index_select(self.dim, self._kept(i, part).to(part.device)) for i, part in enumerate(tensor))
@@ -184,7 +180,6 @@ class AbstractReduced(ABC):
         return {}
 
     def stand_in(self, model: HuggingFaceModel) -> None:
-        """Let a dense `model` compute as the smaller model wherever removed parts are zero."""
         for name, forward in self.stand_ins(model).items():
             model.model.get_submodule(name).forward = forward
 
@@ -242,13 +237,11 @@ class AbstractReduced(ABC):
         return smaller.to(device=model.device).eval()  # pyright: ignore[reportCallIssue]
 
     def apply_to(self, model: HuggingFaceModel) -> HuggingFaceModel:
-        """Return the smaller model of a `model` that is whole in memory, with its tokenizer."""
         narrower = copy(model)
         narrower.model = self.model(model)
         return narrower
 
     def note(self) -> dict[str, Any]:
-        """Return the content of the file beside the result that names the removed parts."""
         return {"widths": {name: list(pair) for name, pair in self.widths.items()}, "removed": self.removed}
 
     def sizes(self, model: HuggingFaceModel) -> dict[str, list[int]]:

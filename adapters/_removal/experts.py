@@ -145,7 +145,6 @@ def find_experts(model: HuggingFaceModel, pattern: Constraint) -> ExpertRemoval:
 
 
 def _numbers(model: HuggingFaceModel) -> list[int]:
-    """Return possible numbers of experts: matrices in a tensor, or equal modules in a list."""
     found = dict[int, None]()
     for layer in model.layers:
         for module in layer.module.modules():

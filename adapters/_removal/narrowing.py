@@ -61,7 +61,6 @@ class Narrowing(AbstractRemoval):
         return self.without(removed)
 
     def without(self, removed: Mapping[str, Sequence[int]]) -> "Narrowed":
-        """Return the model without the numbers of channels, by the name of the set."""
         for one in self.sets:
             found, count = set(removed.get(one.name, ())), self.count(one.size)
             if len(found) != count or not found <= set(range(one.size)):
@@ -79,7 +78,6 @@ class Narrowing(AbstractRemoval):
         require_shapes(model.model, settings, _expected(shapes, self.sets, self.widths))
 
     def count(self, size: int) -> int:
-        """Return the number to remove from a set of that `size`."""
         return next(before - after for before, after in self.widths.values() if before == size)
 
 

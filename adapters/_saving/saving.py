@@ -127,7 +127,6 @@ def save_from_store(
 def pruned_entries(
     model: HuggingFaceModel, store: FolderStore, narrowed: AbstractReduced | None = None
 ) -> dict[str, Entry]:
-    """Return the places of finished layers' tensors, by name in the model."""
     layers = enumerate(model.layers)
     found = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
     return found if narrowed is None else narrowed.entries(found)

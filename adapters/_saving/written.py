@@ -62,7 +62,6 @@ def _require_narrowed(model: HuggingFaceModel, folder: Path, store: FolderStore,
 
 
 def miscounted(model: HuggingFaceModel, reports: Sequence[OperatorReport]) -> dict[str, str]:
-    """Return the operators whose zeros differ from their reports."""
     said, wrong = {report.name: report.zeros for report in reports}, dict[str, str]()
 
     def count(context: LayerContext) -> None:
@@ -104,7 +103,6 @@ def _place(model: PreTrainedModel, parameter: Tensor) -> int:
 
 
 def _summary(tensor: Tensor | Entry) -> tuple[Spec, int]:
-    """Return type, shape and zeros."""
     if isinstance(tensor, Entry):
         return tensor.spec, _zeros(tensor.read())
     return Spec.of(tensor), _zeros(tensor)

@@ -54,7 +54,6 @@ class LayerContext:
     blocks: dict[str, Tensor | None] = field(default_factory=dict, init=False)
 
     def observe(self, error_targets: Collection[ErrorTarget] = ("operator",)) -> Observed:
-        """Run the dense layer once and keep the observations (see `capture.observe`)."""
         self.observed = observe(self.layer, self.calls, self.inputs["dense"], self.record, error_targets)
         return self.observed
 
@@ -113,13 +112,11 @@ class LayerContext:
 
 
 def propagate(context: LayerContext) -> None:
-    """Hand on the outputs of the `context`'s layer in its current state."""
     context.hand_on(context.outputs())
 
 
 @sending()
 def recorded(batches: Iterable[Tensor], place: Recorded) -> Recorded:
-    """Keep batches in a place, and return the place."""
     for batch in batches:
         if isinstance(place, Batches):
             put_away(batch, place)

@@ -153,7 +153,6 @@ class CalibrationStatistics:
 
     @property
     def total(self) -> Moments:
-        """Return the moments of all calibration windows, without held-out windows."""
         return (self.halves[0] + self.halves[1]).with_errors(self._change)
 
     @property

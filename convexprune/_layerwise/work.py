@@ -22,7 +22,6 @@ from convexprune.report import OnOperator, OperatorReport
 
 
 def stack_steps(settings: LayerSettings, on_operator: OnOperator) -> list[AbstractLayerStep | AbstractStackStep]:
-    """Return the steps on a layer that was observed."""
     refined = [] if settings.refinement is None else [Refine(settings, settings.refinement)]
     return [Prune(), Repair(), Quantize(), *refined, Measure(on_operator)]
 
