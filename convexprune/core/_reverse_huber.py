@@ -38,12 +38,13 @@ class ReverseHuber(Elementwise):
     @property
     def slope(self) -> Tensor:
         """sqrt(2 mu B): the price of a small weight, per unit."""
-        return (2 * self.price * self.curvature).sqrt()
+        dtype = torch.promote_types(self.price.dtype, self.curvature.dtype)
+        return (2 * self.price.to(dtype)).sqrt() * self.curvature.to(dtype).sqrt()  # their product leaves float32
 
     def values(self, weight: Tensor) -> Tensor:
         size = weight.abs()
         beyond = (size - self.slope / self.curvature).clamp_min(0)
-        return (self.slope * size + self.curvature / 2 * beyond.square()).sum(1)
+        return (self.slope * size + self.curvature / 2 * beyond * beyond).sum(1)
 
     def prox(self, weight: Tensor, step: float) -> Tensor:
         """sign(V) times the lesser of (|V| - step slope)_+ and |V| / (1 + step B)."""
@@ -54,7 +55,7 @@ class ReverseHuber(Elementwise):
 
     def conjugate(self, dual: Tensor) -> Tensor:
         """sum_j (S_ij^2 / 2 B_ij - mu_ij)_+, finite everywhere."""
-        return (dual.square() / (2 * self.curvature) - self.price).clamp_min(0).sum(1)
+        return (dual / (2 * self.curvature) * dual - self.price).clamp_min(0).sum(1)
 
     def project(self, dual: Tensor) -> Tensor:
         return dual
