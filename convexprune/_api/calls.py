@@ -37,7 +37,11 @@ from convexprune.errors import PatternError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.solvers import AbstractSolver
 
-EXCLUDES = {"bits": ("quantize", "group_size"), "quantize": ("bits",)}
+EXCLUDES = {
+    "bits": ("quantize", "group_size", "target"),
+    "quantize": ("bits", "target"),
+    "target": ("bits", "quantize"),
+}
 """Settings of a recipe that make room for one that is given beside it, because both together mean nothing."""
 
 
