@@ -149,7 +149,7 @@ def row_gaps(
                      domain anyway)
         subgradient  S in dp(V) nearest to K, with the same c: nothing else is left, so that it falls with the square of
                      the distance to the optimum, where clipping falls with the distance. Where a penalty knows none,
-                     K + (V - U) / t at U = prox(V + t K) is one at U, and p(V) - p(U) - <S, V - U> is left
+                     V + K - U at U = prox(V + K) is one at U, and p(V) - p(U) - <S, V - U> is left
 
     On a support the second and the third are one. All terms are non-negative sums, so nothing cancels near the optimum.
     What the energy's own rounding hides is added. Where H is not definite, or next to it, the scaling alone is left, or
@@ -175,9 +175,8 @@ def row_gaps(
     if dual is not None:
         gaps = least(gaps, quadratic.inverse_form(residual - dual))
     elif not isinstance(penalty, Elementwise):  # of a sum over entries that is the clipping
-        step = 1 / (float(quadratic.scale().square().mean()) or 1.0)  # in the units of H, or rounding spoils the dual
-        ahead = penalty.forward_backward(weight, residual, step)
-        dual = residual + (weight - ahead) / step
+        ahead = penalty.forward_backward(weight, residual, 1.0)
+        dual = weight + residual - ahead
         rest = slack - penalty.values(ahead) - torch.linalg.vecdot(dual, weight - ahead)
         rest = rest.mean().expand_as(rest) if penalty.couples_rows else rest
         gaps = least(gaps, quadratic.inverse_form(residual - dual) + rest.clamp_min(0))
