@@ -65,8 +65,8 @@ def from_cvxpy(problem: cp.Problem) -> Problem:
         parts = _Parts(variables[0])
         for atom, factor in _terms(problem.objective.args[0], np.ones(())):
             parts.add(atom, factor)
-        for constraint in problem.constraints:
-            parts.bound(constraint)
+        for condition in problem.constraints:
+            parts.bound(condition)
         return parts.problem()
     finally:
         variables[0].save_value(before)
@@ -142,11 +142,11 @@ class _Parts:
         else:
             raise _refusal(f"{kind} of {type(inner).__name__}" + " with a negative factor" * bool((factor < 0).any()))
 
-    def bound(self, constraint: Any) -> None:
-        kind = type(constraint).__name__
-        if kind not in ("Inequality", "Equality", "NonNeg", "NonPos", "Zero") or not constraint.expr.is_affine():
+    def bound(self, condition: Any) -> None:
+        kind = type(condition).__name__
+        if kind not in ("Inequality", "Equality", "NonNeg", "NonPos", "Zero") or not condition.expr.is_affine():
             raise _refusal(f"the constraint {kind}")
-        slope, constant = self._affine(constraint.expr)
+        slope, constant = self._affine(condition.expr)
         if (np.diff(slope.indptr) != 1).any():
             raise _refusal("a constraint on several entries together")
         ends, falls = -constant / slope.data, (slope.data < 0) ^ (kind == "NonNeg")
