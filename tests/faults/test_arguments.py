@@ -21,7 +21,7 @@ class OnlySolves:
 
 
 ARGUMENTS = {
-    "a solver that is none": ({"solver": OnlySolves()}, "solver is a OnlySolves. Accepted: admm, auto, cg, .*AbstractSolver"),
+    "a solver that is none": ({"solver": OnlySolves()}, "solver is a OnlySolves. Accepted: admm, .*AbstractSolver"),
     "a class of a solver": ({"solver": FISTA}, "solver is the class FISTA"),
     "on_progress": ({"on_progress": 5}, "on_progress is a int. Accepted: a function"),
     "a folder without a name": ({"output_dir": ""}, "output_dir is an empty text"),
