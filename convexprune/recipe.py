@@ -24,7 +24,7 @@ from convexprune.constraints import Coded, Constraint, Quantized, make_grid, par
 from convexprune.constraints._ggml import AnyBlock
 from convexprune.constraints._grid import Grid, Grouped
 from convexprune.errors import RecipeError, unknown
-from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
+from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted
 from convexprune.pruners._base import WHOLE
 from convexprune.pruners._search import AbstractSearch
 from convexprune.quantizers import QUANTIZERS
@@ -58,7 +58,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                 f"(--solver {self.method}). The baseline of arXiv 2408.03728 is the method 'fistapruner'."
             )
         if self.method not in METHODS:
-            raise RecipeError(no_method(self.method))
+            raise RecipeError(unknown("method", self.method, METHODS))
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(unknown("preset", self.preset, PRESETS))
         for name, value in PUBLISHED.items() if self.preset else ():
@@ -196,7 +196,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         if rule.method is None:
             return None
         if rule.method not in METHODS:
-            raise RecipeError(no_method(rule.method))
+            raise RecipeError(unknown("method", rule.method, METHODS))
         settings: dict[str, Any] = {"solver": self.solver} if rule.method == "convex" else {}
         if rule.method == self.method:
             settings["method_args"] = self.method_args

@@ -15,7 +15,7 @@ from convexprune.adapters._removal import find_removal
 from convexprune.adapters._token_weights import token_weights
 from convexprune.constraints import parse_pattern
 from convexprune.errors import RecipeError, unknown
-from convexprune.pruners import METHODS, no_method
+from convexprune.pruners import METHODS
 from convexprune.recipe import SOLVERS, Recipe, make_recipe
 
 from ._side_by_side import Tokens
@@ -167,7 +167,7 @@ def _variant(
 def _method(text: str) -> dict[str, Any]:
     name, *pairs = text.split(":")
     if name not in (*METHODS, *SOLVERS, *QUANTIZED):
-        raise RecipeError(no_method(name, (*SOLVERS, *QUANTIZED)))
+        raise RecipeError(unknown("method", name, (*METHODS, *SOLVERS, *QUANTIZED)))
     settings: dict[str, Any] = {"method": name} if name in METHODS else {"method": "convex", "solver": name}
     if name in QUANTIZED:
         settings = {"method": "convex", "quantizer": name}

@@ -1,7 +1,7 @@
 """The convex pruner: a path of convex problems finds the support, a certified refit the values."""
 
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,14 +12,11 @@ from convexprune._setting_types import Count, Ends, NotNegative, Whole, between
 from convexprune.constraints import Constraint
 from convexprune.constraints._budget import column_norms
 from convexprune.core import L1, GroupLasso, Problem, Quadratic
-from convexprune.errors import RecipeError
 from convexprune.pruners._base import LayerProblem, Score
 from convexprune.pruners._refit import best_choice, choices
 from convexprune.pruners._search import AbstractSearch, Found
 from convexprune.solvers import AbstractSolver, Solution, make_solver
 from convexprune.solvers._base import require_penalty
-
-ONLY = "reweighted-l1"  # of four penalties that there were
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,6 @@ class Convex(AbstractSearch):
         choices: largest number of choices to try singly; half of 8 leaves 70.
 
     Raises:
-        RecipeError: a `penalty` that was removed.
         UnsupportedError: `solver` does not take an L1 penalty, or `refit` a support.
     """
 
@@ -61,7 +57,6 @@ class Convex(AbstractSearch):
     scores: ClassVar[Mapping[str, Score]] = {"layers": "divergence", "experts": "output"}
 
     solver: AbstractSolver | None = None
-    penalty: InitVar[str] = ONLY
     rounds: Count = 60
     strengths: Ends = (0.2, 1.3)
     stiffnesses: Ends = (0.6, 6.0)
@@ -69,9 +64,7 @@ class Convex(AbstractSearch):
     reach: NotNegative = 3.0
     choices: Whole = 70
 
-    def __post_init__(self, penalty: str) -> None:
-        if penalty != ONLY:
-            raise RecipeError(f"penalty={penalty!r} is gone: leave it out, {ONLY!r} has lower errors (lab/tried.md).")
+    def __post_init__(self) -> None:
         AbstractSearch.__post_init__(self)
         require_penalty(self._solver, L1)
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from strategies import random, seeds
 
 import convexprune
-from convexprune import pruners
 from convexprune._layerwise.allocation import ModelAllocation
 from convexprune.constraints import (
     KINDS,
@@ -151,11 +150,3 @@ def test_nothing_in_the_product_asks_which_kind_a_constraint_is():
     files = [path for each in (folder, folder / "adapters", folder / "validation") for path in each.rglob("*.py")]
     assert len(files) > 100
     assert [f"{path}: {line}" for path in files for line in path.read_text().splitlines() if asks.search(line)] == []
-
-
-def test_old_names_work_for_a_release_and_say_what_they_are_called_now():
-    for old, new in (("PruningProblem", "LayerProblem"), ("Pruned", "LayerEdit")):
-        with pytest.warns(DeprecationWarning, match=f"{old} is .*{new} now"):
-            assert getattr(pruners, old).__name__ == new
-        with pytest.raises(AttributeError, match="nothing"):
-            pruners.__getattr__("nothing")

@@ -8,7 +8,7 @@ from strategies import make_chain, random
 
 from convexprune import errors
 from convexprune.constraints import SemiStructured, Unstructured, parse_pattern
-from convexprune.pruners import ADMM, PRUNERS, Convex, FISTAPruner
+from convexprune.pruners import ADMM, PRUNERS, FISTAPruner
 from convexprune.recipe import make_recipe
 from convexprune.solvers import make_solver
 from convexprune.validation._variants import make_variants
@@ -21,11 +21,6 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "a truth value": ("sparsegpt", {"damping": True}, "damping=True: Input should be a valid number"),
     "half a count": ("convex", {"rounds": 2.5}, "rounds=2.5: Input should be a valid integer"),
     "one end": ("convex", {"strengths": [0.1]}, r"strengths=\[0.1\]: Field required"),
-    "a penalty that is gone": (
-        "convex",
-        {"penalty": "group-products"},
-        "penalty='group-products' is gone: leave it out",
-    ),
     "the name of a solver": ("alps", {"refit": "cg"}, "refit='cg': Input should be an instance of AbstractSolver"),
     "no improvement": ("fistapruner", {"improvement": None}, "improvement=None: Input should be a valid number"),
 }
@@ -125,14 +120,3 @@ def test_wanda_has_a_quota_of_each_row_as_published_unless_another_is_named():
 def test_what_is_no_pattern_is_refused(make: Any, message: str):
     with pytest.raises(errors.PatternError, match=message):
         make()
-
-
-def test_a_method_that_is_gone_is_refused_with_what_to_take_instead():
-    for ask in (lambda: make_recipe(model="", method="perspective"),
-                lambda: make_variants(["perspective"], [0.5], ["unstructured"], ["own"])):  # fmt: skip
-        with pytest.raises(errors.RecipeError, match="'perspective' is gone: 'convex' and 'admm' have lower errors"):
-            ask()
-
-
-def test_the_penalty_that_is_left_may_be_named():
-    assert Convex(penalty="reweighted-l1") == Convex()

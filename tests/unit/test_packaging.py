@@ -50,7 +50,7 @@ PUBLIC = {
     "convexprune.solvers": "AbstractSolver Solution Status make_solver path solve solver_names",
     "convexprune.pruners": """
         ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex Damping FISTAPruner LayerEdit LayerProblem Magnitude
-        REAP Refitted ShortGPT SparseGPT Wanda Score WandaSP no_method""",
+        REAP Refitted ShortGPT SparseGPT Wanda Score WandaSP""",
     "convexprune.quantizers": "GPTAQ GPTQ QEP QUANTIZERS AbstractQuantizer Descent Nearest",
     "convexprune.estimators": """
         ElasticNet ElasticNetCV GroupLasso GroupLassoCV Lasso LassoCV MultiTaskLasso MultiTaskLassoCV""",
