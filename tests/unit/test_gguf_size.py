@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
+from runs import checksums
 from safetensors.torch import load_file
 from test_gguf import RUN, as_float32, built, exported, quantized, read
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,3 +159,16 @@ def test_the_commands_from_an_instruct_model_to_a_chat(tmp_path: Path, monkeypat
             here = model(torch.tensor([ids])).logits[0, -1]
         assert int(file.logits(torch.tensor(ids))[-1].argmax()) == int(here.argmax())
         ids = [*ids, int(here.argmax())]
+
+
+@pytest.mark.slow
+def test_a_result_of_a_size_is_packed_verified_and_repeated(tmp_path: Path):
+    source = built("qwen2", tmp_path / "dense", torch.bfloat16)
+    least, most = bounds(size_of(source))
+    run = quantized(source, tmp_path / "run", sparsity=None, target=(least + most) // 2)
+    expected = checksums(run)
+    pack = convexprune.pack(run, tmp_path / "pack").output_dir
+    assert checksums(convexprune.unpack(pack, tmp_path / "unpacked")) == expected
+    again = convexprune.prune(recipe=run, dataset=RUN["dataset"], output_dir=tmp_path / "again")
+    assert checksums(tmp_path / "again") == expected and again.report.gguf == record_of(run)
+    assert convexprune.verify(run, dataset=RUN["dataset"], operators=["model.layers.0.mlp.down_proj"]).passed
