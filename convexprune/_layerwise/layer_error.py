@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from convexprune._layerwise.capture import Calls, Reached
@@ -22,6 +23,15 @@ from convexprune.constraints._grid import Grid
 from convexprune.errors import ModelError
 
 Values = dict[str, Tensor]  # by operator
+
+
+class _PlainAttention(TorchFunctionMode):
+    """Attention by products and a softmax, in this thread alone: the other kernels have no second derivative."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +147,7 @@ class LayerError:
             outputs, pull = self._linearised(x, i)
             return pull(vjp(pull, torch.zeros_like(outputs))[1](direction)[0])
 
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        with _PlainAttention():
             return self._sum(of_batch, numbers)
 
     def squared_slopes(self, x: Values, numbers: Sequence[int]) -> Values:

@@ -144,6 +144,7 @@ def test_sums_over_ranks_are_those_of_one():
     (one,), several = in_a_group(1, sums), in_a_group(2, sums)
     for each in several:
         torch.testing.assert_close(each, one)
+    assert torch.backends.cuda.flash_sdp_enabled()  # no thread has left a switch of the process behind
 
 
 @pytest.mark.parametrize("iterations", [3, 100])
