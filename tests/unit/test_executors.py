@@ -228,7 +228,7 @@ def test_a_lost_worker_of_ray_is_made_up_for(dense: Path, tmp_path: Path, expect
 
     def killing(self):
         if not lost and list((tmp_path / ".out.part" / "work" / "scratch").glob("*")):
-            found = subprocess.run(["pgrep", "-f", "^ray::_do"], capture_output=True, text=True).stdout.split()
+            found = subprocess.run(["pgrep", "-f", r"^ray::(Job\.)?do"], capture_output=True, text=True).stdout.split()
             lost.extend(int(pid) for pid in found[:1])
             for pid in lost:
                 os.kill(pid, signal.SIGKILL)
