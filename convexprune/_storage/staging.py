@@ -188,11 +188,10 @@ class Staging:
                 require_empty(self.output)
             elif self.output.exists():
                 publish(self.output, self.old)
-                try:
+                with ExitStack() as put_back:
+                    put_back.callback(os.rename, self.old, self.output)
                     require(self.old)
-                except BaseException:
-                    os.rename(self.old, self.output)
-                    raise
+                    put_back.pop_all()
             publish(self.new, self.output)
             remove(self.old)
 
