@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, groupby, repeat, takewhile
+from itertools import chain, groupby, takewhile
 from typing import ClassVar
 
 import torch
@@ -102,11 +102,12 @@ class Stack:
         edit = of_first_rank(edit, self.context.ranks)
         if not bool(edit.weight.isfinite().all()):
             raise PruningError(f"{self.names[0]}: the pruned weight is not finite. Raise the damping.")
-        heights, blocks = [operator.shape[0] for operator in self.group.operators], edit.blocks or repeat(None)
-        parts = zip(edit.weight.split(heights), edit.mask.split(heights), self.weight.split(heights), strict=True)
-        for operator, own, (weight, mask, before) in zip(self.group.operators, blocks, parts):  # noqa: B905
-            self.context.blocks[operator.name] = own
-            stay = before if own is None else torch.zeros_like(before)
+        operators = self.group.operators
+        heights, blocks = [operator.shape[0] for operator in operators], edit.blocks or [None] * len(operators)
+        rows = (whole.split(heights) for whole in (edit.weight, edit.mask, self.weight))
+        for operator, block, weight, mask, before in zip(operators, blocks, *rows, strict=True):
+            self.context.blocks[operator.name] = block
+            stay = before if block is None else torch.zeros_like(before)
             operator.write(in_dtype(weight, mask, stay, operator.read().dtype))
         self.edit = edit
 
