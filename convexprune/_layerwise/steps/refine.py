@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from torch import Tensor
 
@@ -70,7 +69,8 @@ def _errors(context: LayerContext, settings: LayerSettings, halves: bool) -> Ite
         lambda i: batches[i] if i < len(batches) else None,
         ranks=context.ranks,
     )  # fmt: skip
-    for group, submodule in islice(context.observed.cached.items(), 1 if halves else 0):
+    if halves and context.observed.cached:
+        group, submodule = next(iter(context.observed.cached.items()))
         own = {parameter.data_ptr() for parameter in submodule.module.parameters()}
         inside = {operator: each for operator, each in operators.items() if operator.read().data_ptr() in own}
         operators = {operator: each for operator, each in operators.items() if operator not in inside}
@@ -78,7 +78,7 @@ def _errors(context: LayerContext, settings: LayerSettings, halves: bool) -> Ite
         part = replace(whole, target=y, energy=y, weights=lambda _: None, end=submodule.module)
         yield part.of(inside)
         seen = _inputs(context, inputs, group)
-        whole = replace(whole, known=lambda i: replaying({submodule: seen[i].to(device).float()}))  # noqa: B023
+        whole = replace(whole, known=lambda i: replaying({submodule: seen[i].to(device).float()}))
     yield whole.of(operators)
 
 
