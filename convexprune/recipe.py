@@ -206,8 +206,9 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 
     @property
     def spare_samples(self) -> int:
-        """Number of windows to hold out, if the data set has enough."""
-        return spare_samples(self.num_calibration_samples, self.held_out_samples)
+        """Number of windows to hold out, if the data set has enough: as asked, or an eighth as many as calibrate."""
+        asked = self.held_out_samples
+        return max(1, self.num_calibration_samples // 8) if asked is None else asked
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -285,19 +286,6 @@ def _takes_share(pattern: str) -> bool:
     """Return True if a pattern takes any share of zeros and does not contain a share."""
     found = parse_pattern(pattern)
     return found.continuous and str(found) != pattern
-
-
-def spare_samples(num_calibration_samples: int, held_out_samples: int | None) -> int:
-    """Return the number of windows to hold out: the request, or an eighth of the calibration windows.
-
-    Args:
-        num_calibration_samples: number of windows for calibration.
-        held_out_samples: the request, or None.
-
-    Returns:
-        The number of windows.
-    """
-    return max(1, num_calibration_samples // 8) if held_out_samples is None else held_out_samples
 
 
 def make_recipe(**settings: Any) -> Recipe:
