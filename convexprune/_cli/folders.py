@@ -57,10 +57,7 @@ def unpack(
         from convexprune import _container as container
 
         folder = container.unpack(source, output, allow_changed=allow_changed, allow_large=allow_large)
-    if as_json:
-        print_json({"output_dir": str(folder.resolve())})
-        return
-    console.print(f"model: {folder.resolve()}", soft_wrap=True)
+    _say(folder, as_json)
 
 
 @app.command()
@@ -77,10 +74,7 @@ def export(
         from convexprune._api.exporting import export as write
 
         folder = write(source, output, format, allow_changed=allow_changed)
-    if as_json:
-        print_json({"output_dir": str(folder.resolve())})
-        return
-    console.print(f"model: {folder.resolve()}", soft_wrap=True)
+    _say(folder, as_json)
 
 
 @app.command()
@@ -138,3 +132,10 @@ def from_llmcompressor(
         return
     write_text(output, text)
     print(f"recipe: {output.resolve()}")
+
+
+def _say(folder: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"output_dir": str(folder.resolve())})
+    else:
+        console.print(f"model: {folder.resolve()}", soft_wrap=True)
