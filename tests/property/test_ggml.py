@@ -18,7 +18,7 @@ from convexprune.errors import PatternError
 from convexprune.pruners import LayerEdit
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers import Descent
-from convexprune.quantizers._descent import fitted_scales
+from convexprune.quantizers._descent import _rescaled, fitted_scales
 
 blocks = st.sampled_from([grid() for grid in BLOCKS])
 
@@ -82,7 +82,9 @@ def test_scales_in_units_have_no_better_neighbour(grid: Super, seed: int):
     finally:
         type(grid).sweeps = before
     after = OnGrid(grid, scales, found.codes)
-    assert bool((quadratic.values(after.weight) <= begin * 1.02).all())
+    # Rounding to multiples may cost more than the fit gains. The descent leaves such rows as they were.
+    kept, _ = _rescaled(quadratic, found, quadratic.residual(found.weight))
+    assert bool((quadratic.values(kept.weight) <= begin).all())
     units = torch.cat([spread(unit, scales.step.shape[1]) for unit in scales.units], dim=1)
     whole = (scales.flat / units).nan_to_num()
     assert bool((whole - whole.round() == 0).all()) and bool((whole.abs() <= max(map(abs, grid.multiples))).all())
