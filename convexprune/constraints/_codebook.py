@@ -258,3 +258,13 @@ def rounded_scale(scale: Tensor) -> Tensor:
     rounded = scale.bfloat16().to(scale.dtype)
     tiny = torch.finfo(torch.bfloat16).tiny
     return torch.where(rounded.abs() < tiny, torch.full_like(rounded, tiny), rounded)
+
+
+def least_squares(x: Tensor, q: Tensor, h: Tensor, has_offset: bool) -> tuple[Tensor, Tensor]:
+    """Return step s and offset o >= 0 of least sum_j h_j (s q_j - o - x_j)^2, of each group [... group] -> [... 1]."""
+    count, q1, q2, x1, qx = ((h * each).sum(-1, keepdim=True) for each in (torch.ones_like(x), q, q * q, x, q * x))
+    scale = count * q2 - q1 * q1
+    free = scale > 1e-6 * count * q2
+    step, offset = (count * qx - q1 * x1) / divisible(scale), (q1 * qx - q2 * x1) / divisible(scale)
+    alone = ~free | (offset < 0) if has_offset else torch.ones_like(free)
+    return torch.where(alone, qx / divisible(q2), step), torch.where(alone, 0.0, offset)

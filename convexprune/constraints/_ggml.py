@@ -18,6 +18,7 @@ from convexprune.constraints._codebook import (
     Scales,
     WholeNumbers,
     divisible,
+    least_squares,
     spread,
 )
 from convexprune.errors import PatternError
@@ -34,8 +35,7 @@ class Block(Codebook):
     name: ClassVar[str]
     group: ClassVar[int] = 32
     block: ClassVar[int] = 32
-    bits: ClassVar[float]
-    """Bits of a weight, scales included."""
+    bits: ClassVar[float]  # of a weight, scales included
     layouts = ("gguf",)
 
     def width(self, columns: int) -> int:
@@ -60,7 +60,7 @@ class Block(Codebook):
         for found in self._ranges(x):
             for _ in range(2):
                 codes = self.nearest((x + found[1]) / divisible(found[0]))
-                found = _least_squares(x, codes, h, self.has_offsets)
+                found = least_squares(x, codes, h, self.has_offsets)
             off = self.nearest((x + found[1]) / divisible(found[0])).mul_(found[0]).sub_(found[1]).sub_(x)
             error = off.square_().mul_(h).sum(2, keepdim=True)
             better = error < least
@@ -126,8 +126,7 @@ class Super(Block):
     block = 256
     multiples: ClassVar[tuple[int, int]]
     """The smallest and the largest of these multiples."""
-    sweeps: ClassVar[int] = 2
-    """Sweeps over the scales of a row."""
+    sweeps: ClassVar[int] = 2  # over the scales of a row
 
     def round_step(self, step: Tensor) -> Tensor:
         """Leave a step as it is: rounding takes all scales of a block (`rounded`)."""
@@ -299,13 +298,3 @@ def fields(numbers: Tensor, count: int, length: int) -> Tensor:
     parts = numbers.reshape(len(numbers), -1, count, length)
     shifts = torch.arange(count, dtype=torch.uint8)[:, None] * (8 // count)
     return (parts << shifts).sum(2, dtype=torch.uint8).flatten(1)
-
-
-def _least_squares(x: Tensor, q: Tensor, h: Tensor, has_offset: bool) -> tuple[Tensor, Tensor]:
-    """Return step s and offset o >= 0 of least sum_j h_j (s q_j - o - x_j)^2, of each group [... group] -> [... 1]."""
-    count, q1, q2, x1, qx = ((h * each).sum(-1, keepdim=True) for each in (torch.ones_like(x), q, q * q, x, q * x))
-    scale = count * q2 - q1 * q1
-    free = scale > 1e-6 * count * q2
-    step, offset = (count * qx - q1 * x1) / divisible(scale), (q1 * qx - q2 * x1) / divisible(scale)
-    alone = ~free | (offset < 0) if has_offset else torch.ones_like(free)
-    return torch.where(alone, qx / divisible(q2), step), torch.where(alone, 0.0, offset)
