@@ -4,6 +4,7 @@
     model = make_pipeline(StandardScaler(), LassoCV()).fit(x, y)
 
 Objectives are those of scikit-learn: 1/2 mean (y - x w - b)^2 plus a penalty. `solution_` is the certified solution.
+All take `fit_intercept`, `tol`, the relative duality gap to reach, and `solver`, one of `convexprune.solver_names()`.
 """
 
 import warnings
@@ -16,7 +17,7 @@ import numpy as np
 
 from convexprune import core
 from convexprune.core import AbstractPenalty, Problem, Quadratic
-from convexprune.errors import DependencyError, install_hint
+from convexprune.errors import DependencyError, ProblemError, install_hint
 from convexprune.solvers import Status, path, solve
 
 try:
@@ -120,8 +121,11 @@ class GroupLasso(_Linear):
     groups: Any = None
 
     def _penalty(self, alpha: Any) -> AbstractPenalty:
-        each = np.arange(self.n_features_in_)  # pyright: ignore[reportAttributeAccessIssue]
-        groups = each if self.groups is None else np.asarray(self.groups)
+        alone = np.arange(self.n_features_in_)  # pyright: ignore[reportAttributeAccessIssue]
+        groups = alone if self.groups is None else np.asarray(self.groups)
+        if groups.shape != alone.shape or groups.dtype.kind not in "iu" or groups.min() < 0:
+            accepted = f"a whole number from 0 for each of {len(alone)} features"
+            raise ProblemError(f"groups={self.groups!r}. Accepted: {accepted}.")
         return core.RowGroups(groups, alpha * np.sqrt(np.bincount(groups)))  # pyright: ignore[reportArgumentType]
 
 

@@ -104,8 +104,8 @@ def path(
         ProblemError: a strength is not positive.
     """
     factors = [float(strength) for strength in strengths]
-    if not all(0 < factor < inf for factor in factors):
-        raise ProblemError(f"The strengths of a path are positive numbers; the least is {min(factors)}.")
+    if wrong := [factor for factor in factors if not 0 < factor < inf]:
+        raise ProblemError(f"Strengths of a path: {wrong} among them. Accepted: positive, finite numbers.")
     found: dict[float, Solution] = {}
     start, done = None, begin("path", len(factors))
     for factor in sorted(set(factors), reverse=True):

@@ -10,6 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from convexprune import estimators
+from convexprune.errors import ProblemError
 
 ALL = [getattr(estimators, name) for name in estimators.__all__]
 FEW = {"alphas": 5, "cv": 2}
@@ -68,3 +69,10 @@ def test_a_fit_that_does_not_end_warns():
     x, y = data()
     with pytest.warns(ConvergenceWarning, match="Lasso: The "):
         estimators.Lasso(alpha=1e-3, tol=1e-18).fit(x, y)
+
+
+@pytest.mark.parametrize("groups", [[0, 1], [0, 0, 1, -1], [0.5, 1, 1, 2]])
+def test_groups_that_are_no_numbers_of_groups_are_refused(groups: list[float]):
+    x = np.random.default_rng(0).normal(size=(9, 4))
+    with pytest.raises(ProblemError, match="Accepted: a whole number from 0 for each of 4 features"):
+        estimators.GroupLasso(groups=groups).fit(x, x[:, 0])

@@ -91,8 +91,9 @@ def test_a_path_is_the_solves_one_by_one(seed: int):
         alone = solve(Problem(quadratic, L1(strength * quadratic.scale())), tolerance=1e-8)
         assert solution.certificate.relative_gap <= 1e-8
         assert solution.certificate.primal == pytest.approx(alone.certificate.primal, rel=3e-8)
-    with pytest.raises(ProblemError, match="positive numbers; the least is 0"):
-        path(Problem(quadratic, L1(1.0)), [1.0, 0.0])
+    for wrong in (0.0, -1.0, inf, float("nan")):
+        with pytest.raises(ProblemError, match=r"among them\. Accepted: positive, finite numbers"):
+            path(Problem(quadratic, L1(1.0)), [1.0, wrong])
 
 
 def test_a_multiple_of_a_penalty_is_a_penalty():

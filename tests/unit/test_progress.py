@@ -52,6 +52,13 @@ def _screen(bar: object) -> str:
     return screen.getvalue()
 
 
+def test_the_start_of_a_command_is_on_the_screen():
+    terminal = Console(file=StringIO(), width=80, force_terminal=True)
+    with shown.following(terminal):
+        pass
+    assert "starting" in terminal.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_quiet_hides_warnings_and_the_bars_of_others_and_no_error(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match="told"), shown.following(quiet=True):
         begin("phase", 2)("step")
