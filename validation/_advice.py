@@ -7,6 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from convexprune._device.switches import pinned
 from convexprune._schema import functions as doors
 from convexprune._schema.functions import MEASURED_ON
@@ -71,6 +74,17 @@ class Advice:
     def to_json(self) -> dict[str, Any]:
         """Return the advice as plain data."""
         return asdict(self) | {"measured_on": MEASURED_ON}
+
+    def tables(self) -> Iterator[Table]:
+        """Yield the table of all ways, those beside the target dimmed."""
+        heads = ("", "all files", "bits of operators", "of all", "in memory", "perplexity over dense", "from")
+        table = Table(*heads, box=SIMPLE_HEAD)
+        table.title = f"{self.model}: {self.nbytes / 1e6:,.0f} MB in 16 bits. Target: {self.target}"
+        for each in self.ways:
+            way, disk, memory = each.way, f"{each.disk / 1e6:,.0f} MB", f"{each.memory / 1e6:,.0f} MB"
+            cells = (way.name, disk, f"{way.disk:.2f}", f"{each.bits:.2f}", memory, f"{way.times:.2f}", way.source)
+            table.add_row(*cells, style=None if each.reaches else "dim")
+        yield table
 
     def verdict(self) -> Iterator[str]:
         """Yield the advice as sentences."""

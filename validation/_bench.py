@@ -1,6 +1,6 @@
 """`bench`: time products with a model's weights, and generation, in all formats of torch."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -51,8 +53,19 @@ class Bench:
         """Plain data."""
         return asdict(self) | {"verdict": self.verdict()}
 
+    def tables(self) -> Iterator[Table]:
+        """Yield the timings of single weights, and those of the whole model."""
+        for title, number in (("One weight", "ms"), ("The whole model", "tokens/s")):
+            heads = ("", "batch", "format", number, "time over dense", "middle half", "rounds", "MB read")
+            table = Table(*heads, box=SIMPLE_HEAD)
+            table.title = f"{title} of {self.model} ({self.zeros:.0%} zeros) on {self.device}"
+            for t in self.timings:
+                if (t.tokens_per_second is None) == (number == "ms"):
+                    table.add_row(*t.cells())
+            yield table
+
     def verdict(self) -> list[str]:
-        """Return a sentence per format: generation beside the dense format, or the reason without timings."""
+        """Return a sentence per format, generation beside the dense format or the reason without timings, and rates."""
         lines = []
         for name in FORMATS:
             if name in self.left_out:
@@ -60,13 +73,8 @@ class Bench:
             elif name != self.dense:
                 parts = [t.verdict for t in self.timings if t.format == name and t.what == "decode"]
                 lines.append(f"{name} beside {self.dense}, generating here: {', '.join(parts)}.")
-        return lines
-
-    @property
-    def line(self) -> str:
-        """Return a line for a model card."""
         rates = [f"{t.format} {t.tokens_per_second:.3g}" for t in self.timings if (t.what, t.batch) == ("decode", 1)]
-        return f"Tokens/s at batch 1 on {self.device}: {', '.join(rates)} ({self.zeros:.0%} zeros)."
+        return [*lines, f"Tokens/s at batch 1 on {self.device}: {', '.join(rates)} ({self.zeros:.0%} zeros)."]
 
 
 @torch.no_grad()

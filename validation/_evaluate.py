@@ -83,6 +83,10 @@ class Evaluation:
                 table.add_row(score.task, score.metric, *score.shown(self.against is not None))
             yield table
 
+    def verdict(self) -> Iterator[str]:
+        """Yield the reasons for missing measurements."""
+        yield from (f"not measured: {reason}" for reason in self.left_out)
+
     def _of_texts(self) -> Table:
         names = ("text", "windows", "convention", "perplexity", "bits/byte")
         table = Table(*names, *(("dense", "KL") if self.against else ()), box=SIMPLE_HEAD)

@@ -30,6 +30,13 @@ class Timing:
     rounds: int  # of two or less the quartiles say little
     tokens_per_second: float | None = None  # of the whole model; None for a single weight
 
+    def cells(self) -> Iterator[str]:
+        lower, upper = self.middle_half
+        yield from (self.what, str(self.batch), self.format)
+        yield f"{self.milliseconds:.3f}" if self.tokens_per_second is None else f"{self.tokens_per_second:,.1f}"
+        yield from (f"{self.over_dense:.2f}", f"{lower:.2f} to {upper:.2f}", str(self.rounds))
+        yield f"{self.nbytes / 1e6:,.1f}"
+
     @property
     def verdict(self) -> str:
         """Return the speed relative to dense, if the noise allows a statement."""

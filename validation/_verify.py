@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
@@ -149,6 +150,17 @@ class Verification:
             )
             errors.add_row(e.operator, f"{e.error:.3e}", f"{e.reported:.3e}", *others)
         return [solves, *(table for table in (bounds, errors) if table.row_count)]
+
+    def verdict(self) -> Iterator[str | Text]:
+        """Yield what could not be compared, the missed tolerances, and the result."""
+        if self.note:
+            yield self.note
+        yield from (Text.assemble(("missed", "bold red"), f": {fault}") for fault in self.faults)
+        verdict = ("passed", "bold green") if self.passed else ("failed", "bold red")
+        figures = f"{len(self.comparisons)} problems; "
+        if self.bounds:  # whole columns have none
+            figures += f"median bound / error {self.median_ratio:.2f}, undamped {self.median_plain_ratio:.2f}; "
+        yield Text.assemble(verdict, f": {figures}{self.seconds:.0f} s")
 
 
 @visible

@@ -106,10 +106,10 @@ def _main(
 
 
 def print_json(value: Any) -> None:
-    """Print a JSON object. Numbers that are not finite become text."""
+    """Print JSON: a text of JSON, or an object. Numbers that are not finite become text."""
     from convexprune.report import finite
 
-    print(json.dumps(finite(value), indent=2, allow_nan=False))
+    print(value if isinstance(value, str) else json.dumps(finite(value), indent=2, allow_nan=False))
 
 
 def show(table: Table) -> None:

@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from convexprune._device.machine import default_device, processor, versions
 from convexprune._device.memory import release_unused
@@ -52,6 +54,14 @@ class Checkup:
     @property
     def failed(self) -> list[Row]:
         return [row for row in self.rows if row.measured.passed is False]
+
+    def tables(self) -> Iterator[Table]:
+        table, before = Table("check", "of", "", "measured", box=SIMPLE_HEAD, title=f"Doctor on {self.device}"), ""
+        for row in self.rows:
+            mark = {True: "passed", False: "FAILED", None: ""}[row.measured.passed]
+            table.add_row("" if row.check == before else row.check, row.case, mark, row.measured.said)
+            before = row.check
+        yield table
 
     def verdict(self) -> Iterator[str]:
         """Yield sentences: the environment, the failures, and the fitness of the machine."""
