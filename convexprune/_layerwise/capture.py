@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convexprune._device.transfer import lane_to, sending
 from convexprune._layerwise.model import Call, DecoderLayer, Group, ModuleInput, computing
 from convexprune._storage.batches import Batches
 
@@ -127,7 +126,6 @@ class Observed:
 
 
 @torch.no_grad()
-@sending()
 def observe(
     layer: DecoderLayer,
     calls: Calls,
@@ -162,19 +160,13 @@ def observe(
 
                 hooks.enter_context(group.input_hook(keep))
             output = calls(batch)(layer.module, batch)
-            if isinstance(outputs, Batches):
-                put_away(output, outputs)
-            else:
-                outputs.append(output)
+            outputs.append(output)
     return Observed(outputs, inputs, cached, last_branch)
 
 
 def put_away(tensor: Tensor, place: Recorded) -> None:
-    """Keep a tensor on the host, or in place if there is room; in a file, at the end of `sending`."""
-    if not isinstance(place, Batches):
-        place.append(tensor.cpu())
-    elif not place.hold(tensor):
-        lane_to(tensor.device).to_host(tensor, place.append)
+    """Keep a tensor on the host, or as batches keep tensors."""
+    place.append(tensor if isinstance(place, Batches) else tensor.cpu())
 
 
 def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:

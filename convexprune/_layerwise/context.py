@@ -7,7 +7,6 @@ from itertools import chain
 
 from torch import Tensor
 
-from convexprune._device.transfer import sending
 from convexprune._layerwise.capture import (
     CachedSubmodule,
     Calls,
@@ -15,7 +14,6 @@ from convexprune._layerwise.capture import (
     Observed,
     Recorded,
     observe,
-    put_away,
     through,
 )
 from convexprune._layerwise.model import AbstractModel, AbstractOperator, DecoderLayer, Group
@@ -23,7 +21,6 @@ from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.store import AbstractStates
-from convexprune._storage.batches import Batches
 from convexprune.pruners import LayerEdit
 
 
@@ -115,11 +112,7 @@ def propagate(context: LayerContext) -> None:
     context.hand_on(context.outputs())
 
 
-@sending()
 def recorded(batches: Iterable[Tensor], place: Recorded) -> Recorded:
     for batch in batches:
-        if isinstance(place, Batches):
-            put_away(batch, place)
-        else:
-            place.append(batch)
+        place.append(batch)
     return place

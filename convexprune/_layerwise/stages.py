@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import summing_in
-from convexprune._device.transfer import sending
 from convexprune._layerwise.capture import Observed, Recorded, put_away, replaying, split_last_branch, stage_inputs
 from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import DecoderLayer, Group
@@ -135,7 +134,7 @@ def _gather(
     changed = [g for g in part if g not in observed.inputs or known.get(g) is not observed.inputs[g]]
     lacking = CorrectionTargets(changed, layer, observed, settings)
     by_group = {group: _empty(layer.name, group, lacking.in_output_space(group), settings) for group in part}
-    with sending(), summing_in(settings.gram_precision):
+    with summing_in(settings.gram_precision):
         for i, batch in enumerate(batches):
             held_out = i >= len(batches) - context.held_out
             seen = {group: x[i].to(batch.device) for group, x in known.items()}

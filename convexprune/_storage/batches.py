@@ -12,7 +12,6 @@ from torch import Tensor
 
 from convexprune._device.capabilities import is_host
 from convexprune._device.memory import release_unused
-from convexprune._device.transfer import lane_to, sending
 from convexprune._storage.failures import naming, writing
 from convexprune._storage.files import publish, read_ahead, read_notes, sha256, write, write_notes
 from convexprune._storage.tensors import CODES, DTYPES, raw
@@ -109,7 +108,7 @@ class Batches(Sequence[Tensor]):
             mapped = mmap(file.fileno(), end - start, access=ACCESS_COPY, offset=start)
         assert self.dtype is not None
         found = torch.frombuffer(mapped, dtype=self.dtype, offset=begin - start).reshape(self.shapes[i])
-        return lane_to(self.device).to_device(found)
+        return found.to(self.device)
 
     def prefetch(self) -> None:
         """Have the disk read while something else is computed."""
@@ -119,37 +118,29 @@ class Batches(Sequence[Tensor]):
     def held(self) -> int:
         return sum(tensor.nbytes for tensor in self._resident)
 
-    def hold(self, batch: Tensor) -> bool:
-        """Record a batch on the device; return False without room."""
-        if self._room is None or not self._room.has(batch.nbytes, self):
-            self._room = None  # what comes after one that is in the file is there, too
-            return False
-        self._note(batch)
-        self._resident.append(batch.clone(memory_format=torch.contiguous_format))  # it may be changed, or be a part
-        self._ends.append(0)
-        return True
-
     @property
     def nbytes(self) -> int:
         return self._ends[-1]
 
     def append(self, batch: Tensor) -> None:
-        self._note(batch)
+        """Record a batch: on its device while there is room, else in the file."""
+        self.dtype = self.dtype or batch.dtype
+        assert batch.dtype == self.dtype
+        self.shapes.append(tuple(batch.shape))
+        if self._room is not None and self._room.has(batch.nbytes, self):
+            self._resident.append(batch.clone(memory_format=torch.contiguous_format))  # it may be changed, or be a part
+            self._ends.append(0)
+            return
+        self._room = None  # what comes after one that is in the file is there, too
         with writing(self.path), self.path.open("ab") as file:
             write(file, raw(batch))
         self._ends.append(self._ends[-1] + batch.nbytes)
 
-    def _note(self, batch: Tensor) -> None:
-        self.dtype = self.dtype or batch.dtype
-        assert batch.dtype == self.dtype
-        self.shapes.append(tuple(batch.shape))
-
-    @sending()
     def _write_all(self) -> None:
         """Write the batches on the device to the file as well."""
         whole = Batches(self.path.with_suffix(".whole"))
         for batch in self:
-            lane_to(self.device).to_host(batch, whole.append)
+            whole.append(batch)
         self.path, self._ends = whole.path, whole._ends
 
 
