@@ -32,22 +32,8 @@ class HuggingFaceModel(ProbedModel):
 
     The model is used in place: evaluation mode, and parameters without gradients, until the model is given back
     (`lent`). `layers` holds every decoder layer; the stages hold only the operators to prune. `left_alone` lists every
-    other linear map of the model, and every other matrix of its decoder layers, with the reason.
-
-    Args:
-        model: the model of transformers.
-        tokenizer: tokenizer of the model, or None.
-        name: name in messages; None means the model's name.
-        targets: see `convexprune.adapters._discovery.selection.left_alone`.
-        ignore: see `convexprune.adapters._discovery.selection.left_alone`.
-        shards: source of the layers of a streamed model.
-        whole_because: reason why the model is not streamed.
-
-    Raises:
-        ModelError: the model is quantized, not loaded, wrapped in an adapter or not finite; its decoder layers are not
-            recognised, or do not reproduce the model's outputs when called singly; `targets` or `ignore` name unknown
-            operators or leave nothing to prune.
-        RecipeError: `targets` or `ignore` hold a bad regular expression.
+    other linear map of the model, and every other matrix of its decoder layers, with the reason. Refused are models
+    that are quantized, not loaded, wrapped in an adapter or not finite, or that their layers, called singly, are not.
     """
 
     name: str
@@ -90,17 +76,7 @@ class HuggingFaceModel(ProbedModel):
             refused.pop_all()
 
     def choose(self, targets: Sequence[str], ignore: Sequence[str] = (), **reason: str) -> None:
-        """Choose the operators to prune.
-
-        Args:
-            targets: see `convexprune.adapters._discovery.selection.left_alone`.
-            ignore: see `convexprune.adapters._discovery.selection.left_alone`.
-            reason: see `convexprune.adapters._discovery.selection.left_alone`, by its name `because`.
-
-        Raises:
-            ModelError: unknown operators, or nothing left to prune.
-            RecipeError: a bad regular expression.
-        """
+        """Choose the operators to prune, by patterns of `left_alone`; a `reason` is named `because`, as there."""
         reasons = left_alone(self.model, self._layouts, targets, ignore, **reason)
         self.layers = [_bound(layer, self._layouts[layer.name], reasons) for layer in self.layers]
         self.left_alone = list(reasons.items())
@@ -109,12 +85,8 @@ class HuggingFaceModel(ProbedModel):
     def lent(self, undo: bool = False) -> Iterator[Self]:
         """Lend the model to a run; afterwards its modules' modes and `requires_grad` are restored.
 
-        Args:
-            undo: restore the weights of its decoder layers, too, if the run raises. This costs a copy of changed
-                layers, in the memory of the CPU.
-
-        Yields:
-            The model.
+        With `undo` the weights of its decoder layers are restored, too, if the run raises. This costs a copy of changed
+        layers, in the memory of the CPU.
         """
         self._keeps = undo
         try:
@@ -224,16 +196,9 @@ class HuggingFaceModel(ProbedModel):
         return pieces(self.model, batch)
 
     def logits(self, batch: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return the logits of hidden states after the last decoder layer, with gradients if the hidden states have
-        them.
+        """Return the logits [batch positions vocabulary] of hidden states [batch tokens hidden] after the last layer.
 
-        Args:
-            batch: token ids [batch tokens].
-            hidden: after the last decoder layer [batch tokens hidden].
-            positions: requested positions; None means all.
-
-        Returns:
-            [batch positions vocabulary].
+        Logits have gradients if the hidden states have. Without `positions` all are meant.
         """
         with standing_in(self.layers, lambda *_, **__: self._recorder.returned(hidden)):
             return logits_at(self.model, batch.to(self.device), positions)
@@ -247,15 +212,7 @@ class HuggingFaceModel(ProbedModel):
             return self.model.base_model(input_ids=batch.to(self.device), use_cache=False)[0]
 
     def normed(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        """Return the inputs of the head: hidden states after the final norm.
-
-        Args:
-            batch: token ids [batch tokens].
-            hidden: after the last decoder layer [batch tokens hidden].
-
-        Returns:
-            [batch tokens hidden].
-        """
+        """Return the inputs of the head: `hidden` [batch tokens hidden] after the final norm."""
         with standing_in(self.layers, lambda *_, **__: self._recorder.returned(hidden)):
             return self.forward(batch)
 

@@ -33,19 +33,13 @@ class NotPermutable(Exception):
 
 @dataclass(frozen=True)
 class Axis:
-    """Entries along a dimension of a parameter.
+    """Entries along a dimension of a parameter."""
 
-    Args:
-        parameter: name, from the layer or from the model.
-        index: number of the expert, in fused experts.
-        block: consecutive entries of a channel; 1: an entry is a channel.
-    """
-
-    parameter: str
+    parameter: str  # name, from the layer or from the model
     dim: int
     start: int = 0
-    index: int | None = None
-    block: int = 1
+    index: int | None = None  # number of the expert, in fused experts
+    block: int = 1  # consecutive entries of a channel
 
     def of(self, parameter: Tensor) -> Tensor:
         """The `parameter`, or the matrix of the expert."""
@@ -53,11 +47,7 @@ class Axis:
 
     @torch.no_grad()
     def order(self, parameter: Tensor, order: Tensor) -> None:
-        """Reorder the entries, or blocks of entries.
-
-        Args:
-            order: [channels].
-        """
+        """Bring the entries, or blocks of entries, into an `order` [channels]."""
         entries = torch.tensor(self.entries(order.tolist()), device=parameter.device) - self.start
         part = self.of(parameter).narrow(self.dim, self.start, len(entries))
         part.copy_(part.index_select(self.dim, entries))
@@ -69,34 +59,21 @@ class Axis:
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that may change places: with all axes ordered alike the model's function stays the same.
-
-    Args:
-        axes: axes that are no inputs of operators.
-        consumers: axes that are inputs of operators, whose patterns depend on the order.
-    """
+    """Channels that may change places: with all axes ordered alike the model's function stays the same."""
 
     name: str
     size: int
-    axes: tuple[Axis, ...]
-    consumers: tuple[Axis, ...]
+    axes: tuple[Axis, ...]  # that are no inputs of operators
+    consumers: tuple[Axis, ...]  # that are inputs of operators, whose patterns depend on the order
 
     def order(self, module: nn.Module, order: Tensor) -> None:
-        """Reorder the channels.
-
-        Args:
-            order: [size].
-        """
+        """Bring the channels into an `order` [size]."""
         for axis in (*self.axes, *self.consumers):
             axis.order(module.get_parameter(axis.parameter), order)
 
     @contextmanager
     def ordered(self, module: nn.Module, order: Tensor) -> Iterator[None]:
-        """Reorder the channels during a context.
-
-        Args:
-            order: [size].
-        """
+        """Bring the channels into an `order` [size] during a context."""
         self.order(module, order)
         try:
             yield

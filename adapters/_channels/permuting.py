@@ -29,18 +29,12 @@ PROBE = 64  # tokens on which the model has to compute what it did
 
 @dataclass(frozen=True)
 class Permuted:
-    """A set of channels and its new order.
-
-    Args:
-        order: [size].
-        before: the pruned fraction of the scores in the former order.
-        after: the pruned fraction in the new order.
-    """
+    """A set of channels and its new order."""
 
     channels: Channels
     order: list[int]
-    before: float
-    after: float
+    before: float  # the pruned fraction of the scores in the former order
+    after: float  # the pruned fraction in the new order
 
     @property
     def kind(self) -> str:
@@ -50,10 +44,9 @@ class Permuted:
 
 @dataclass(repr=False)
 class Permutation:
-    """Every set of channels with its order, and channels that stay in place.
+    """Every set of channels with its order, and channels that stay in place: `left` has the reasons by name.
 
-    Args:
-        left: reasons by name. An operator without a set of inputs is named without the numbers of its layer and expert.
+    An operator without a set of inputs is named without the numbers of its layer and expert.
     """
 
     pattern: str
@@ -77,14 +70,12 @@ class Permutation:
 def find_permutation(
     model: HuggingFaceModel, tokens: Tensor, pattern: Constraint, batch_size: int = 1, seed: int = 0
 ) -> Permutation:
-    """Find an order of a dense model's channels in which an N:M pattern prunes less; the model is not changed.
+    """Find an order of a dense model's channels in which an N:M pattern prunes less, by `tokens` [windows length].
 
     The scores are W_ij^2 mean x_j^2 (Wanda's, squared), of all operators that read a set of channels, relative to their
     sums. The sets are inside decoder layers, and the hidden states (`channels`); a single decoder layer is in memory at
-    a time. The model is tried in the new order on a few tokens, and a set that changes the function stays in place.
-
-    Args:
-        tokens: token ids [windows length].
+    a time. The model is tried in the new order on a few tokens, and a set that changes the function stays in place. The
+    model is not changed.
     """
     if not model.streams and any(parameter.is_meta for parameter in model.model.parameters()):
         raise ModelError(f"{model.name} is offloaded: permute its folder (output_dir=), or load it on one device.")

@@ -33,17 +33,7 @@ LONGEST_CAUSE = 300  # characters of what transformers says
 
 
 def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
-    """Return a caller's tokenizer.
-
-    Args:
-        tokenizer: an object of transformers, a folder, a name on the hub, or None.
-
-    Returns:
-        The tokenizer, or None.
-
-    Raises:
-        ModelError: `tokenizer` is of a different kind, or cannot be read.
-    """
+    """Return a caller's tokenizer: an object of transformers, a folder, a name on the hub, or None."""
     if isinstance(tokenizer, str | Path):
         name = str(Path(tokenizer).expanduser())
         read = read_tokenizer(name, place_of(name))

@@ -39,25 +39,8 @@ def calibration_and_held_out(
     Text is joined, tokenised once and cut into disjoint windows; a rest shorter than a window is dropped. If there are
     more windows than requested, a permutation drawn from the seed chooses: the two splits choose from its two ends, so
     that with a common data set and seed they stay apart while there are windows for both. Rows of token ids are taken
-    row by row.
-
-    Args:
-        dataset: any of `ACCEPTED`.
-        model: supplies tokenizer and vocabulary.
-        num_samples: number of windows; None means all.
-        max_seq_length: tokens of a window. None means the rows' length, or for text the shorter of 2048 and the model's
-            limit.
-        seed: seed of the choice of windows, and of sampled text.
-        spare: largest number of windows to hold out.
-        split: "calibration" or "evaluation".
-
-    Returns:
-        Token ids [num_samples length] and [up to spare, length], int64, on the CPU.
-
-    Raises:
-        CalibrationError: the data set is of no accepted kind, missing, too small, padded, or not in the model's
-            vocabulary; or the windows are longer than the model's limit.
-        DependencyError: a data set of the hub needs a package that is missing.
+    row by row. The ids are [num_samples length] and [up to spare, length], int64, on the CPU. Without `num_samples`
+    all windows are taken; without `max_seq_length` the rows' length, or for text a sensible one (`window_length`).
     """
     _check_request(num_samples, max_seq_length, model)
     if len(parts := parts_of(dataset)) > 1:
@@ -96,32 +79,12 @@ def _mixed(
 
 
 def window_length(model: HuggingFaceModel, max_seq_length: int | None) -> int:
-    """Return the tokens of a window of text.
-
-    Args:
-        model: has the limit.
-        max_seq_length: the request; None means a sensible length.
-
-    Returns:
-        The length.
-    """
+    """Return the tokens of a window of text: by default the shorter of 2048 and the model's limit."""
     return max_seq_length or min(DEFAULT_LENGTH, model.max_positions)
 
 
 def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The windows that a recipe asks for.
-
-    Args:
-        dataset: see `calibration_and_held_out`.
-        model: see `calibration_and_held_out`.
-        recipe: of the run.
-
-    Returns:
-        Token ids to fit and token ids held out, each [windows length].
-
-    Raises:
-        CalibrationError: the data set is too small for the samples asked.
-    """
+    """Return the windows that a recipe asks for, to fit and held out, both [windows length]."""
     tokens, held_out = calibration_and_held_out(
         dataset,
         model,
@@ -141,20 +104,10 @@ def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tup
 def text_windows(
     text: str | Path, model: HuggingFaceModel, window: int | None = None, name: str | None = None
 ) -> Tensor:
-    """Return all disjoint windows of a text, in order, for evaluation; a shorter rest is dropped.
+    """Return all disjoint windows [windows window] of a text, in order, for evaluation; a shorter rest is dropped.
 
-    Args:
-        text: the text, or a path to a .txt or .jsonl file: a `Path`, or a line that ends like one.
-        model: supplies the tokenizer.
-        window: tokens of a window; None means the shorter of 1024 and the model's limit.
-        name: name of the text in errors.
-
-    Returns:
-        Token ids [windows window].
-
-    Raises:
-        CalibrationError: the file is missing, the text is shorter than a window, or the window is beyond the model's
-            limit.
+    The text may be a path to a .txt or .jsonl file: a `Path`, or a line that ends like one. By default a window is the
+    shorter of 1024 tokens and the model's limit. Errors call the text by `name`.
     """
     window = min(EVALUATION_WINDOW, model.max_positions) if window is None else window
     _check_request(None, window, model)

@@ -73,15 +73,7 @@ LONGEST_NAME = 200  # characters of a data set's name or a path; a longer text i
 
 
 def check_dataset(dataset: Any) -> None:
-    """Refuse, before any work, a data set whose name or path leads nowhere.
-
-    Args:
-        dataset: as the caller gave it.
-
-    Raises:
-        CalibrationError: there is no such file, or no such name.
-        DependencyError: a data set of the hub needs a package that is missing.
-    """
+    """Refuse, before any work, a data set whose name or path leads nowhere."""
     if dataset is None or isinstance(dataset, int | float | bytes):
         raise CalibrationError(f"A data set of type {type(dataset).__name__} cannot calibrate. Accepted: {ACCEPTED}.")
     parts = parts_of(dataset)

@@ -69,30 +69,9 @@ def load(
     """Load a model of Hugging Face transformers for pruning.
 
     A loaded model is used and moved in place, not copied; a model placed by accelerate stays in place. A folder without
-    a tokenizer is accepted for calibration with token ids.
-
-    Args:
-        source: a folder, a .gguf file, a name on the hub, or a loaded model.
-        device: device of the computation.
-        dtype: dtype of the weights; None means the checkpoint's.
-        tokenizer: replaces the tokenizer beside the checkpoint.
-        trust_remote_code: run the code that comes with the checkpoint.
-        allow_pickle: read weights stored as pickles, which can run code.
-        revision: revision of a name on the hub; None is "main".
-        targets: see `convexprune.adapters._discovery.selection.left_alone`.
-        ignore: see `convexprune.adapters._discovery.selection.left_alone`.
-        stream: leave decoder layers on the disk until needed, if the checkpoint allows streaming: safetensors with the
-            model's tensors. Otherwise the model is loaded whole, with the reason in `whole_because`.
-        allow_changed: take the result of a run although its files are not those that the run wrote.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: the files are missing, damaged or incomplete, or are pickles and `allow_pickle` is false; and all
-            that `HuggingFaceModel` refuses.
-        OutputError: the folder is the result of a run, and not what the run wrote.
-        DependencyError: a .gguf file was given and the package that reads it is missing.
+    a tokenizer is accepted for calibration with token ids. With `stream`, decoder layers stay on the disk until needed,
+    if the checkpoint allows streaming: safetensors with the model's tensors. Otherwise the model is loaded whole, with
+    the reason in `whole_because`.
     """
     chosen: dict[str, Any] = {"targets": targets, "ignore": ignore}
     if isinstance(source, PreTrainedModel):
@@ -152,19 +131,7 @@ def _whole(
 
 
 def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str | torch.device) -> HuggingFaceModel:
-    """Open the model of a run in another process, streamed if possible.
-
-    Args:
-        opened: opens the model, given a device and whether to stream.
-        origin: origin of the model at the beginning of the run.
-        device: device of the computation.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: files or weights have changed since.
-    """
+    """Open the model of a run in another process, streamed if possible; refuse a model that has changed since."""
     model = opened(device=device, stream=True)
     if model.shards is not None:
         model.shards.require_same(origin)

@@ -31,12 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def save(model: HuggingFaceModel, folder: str | Path) -> None:
-    """Write a model, and its tokenizer, if any, as a folder for transformers.
-
-    Args:
-        model: the model.
-        folder: the new folder.
-    """
+    """Write a model, and its tokenizer, if any, as a new folder for transformers."""
     inner = model.model
     # What reading a GGUF file leaves behind makes transformers refuse to save weights that are ordinary by now.
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -88,20 +83,10 @@ def save_from_store(
     settings: Mapping[str, Any],
     narrowed: AbstractReduced | None = None,
 ) -> None:
-    """Write the model with its layers from the store.
+    """Write the model with its layers from the store, without removed parts, and add `settings` to config.json.
 
-    A streamed model is assembled tensor by tensor; a loaded model has the layers already.
-
-    Args:
-        model: the model.
-        store: store with all layers finished.
-        folder: existing folder for the result.
-        tokenizer: the caller's tokenizer, if it replaces the checkpoint's.
-        settings: entries to add to config.json.
-        narrowed: parts to leave out.
-
-    Raises:
-        OutputError: the disk is full or fails.
+    A streamed model is assembled tensor by tensor; a loaded model has the layers already. A `tokenizer` replaces the
+    checkpoint's.
     """
     ends = {name: entry for name, entry in store.kept(ENDS).items() if not name.startswith(BLOCKS)}
     if model.shards is None:

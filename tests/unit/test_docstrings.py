@@ -1,8 +1,9 @@
 """What users can import says what it takes, returns and raises.
 
 The rule, for functions, classes and their methods without a leading underscore that a public module defines or exports.
-A module is public if no part of its dotted name has a leading underscore. Behind an underscore one line is enough, or
-none where the name says it:
+A module is public if no part of its dotted name has a leading underscore; not `convexprune.adapters`, of which no page
+names anything: `convexprune` exports what users need. Behind an underscore one line is enough, or none where the name
+says it:
 
 1.  It has a docstring. (An override needs none: the words stand at the method that it overrides.)
 2.  `Args:` names exactly its parameters, `self` and `cls` aside.
@@ -37,6 +38,11 @@ BY_SCHEMA = frozenset({"convexprune._api.calls", "convexprune.validation._compar
 """Modules whose functions take settings: the schema writes their Args when they are imported (`_schema.parameters`)."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def is_public(module: str) -> bool:
+    parts = module.removesuffix(".__init__").split(".")
+    return "adapters" not in parts and not any(part.startswith("_") for part in parts)
 
 
 def modules() -> dict[str, Path]:
@@ -186,9 +192,8 @@ def exported() -> frozenset[tuple[str, str]]:
     """The module and name of each function and class that a public module exports."""
     places = set[tuple[str, str]]()
     for name in modules():
-        public = name.removesuffix(".__init__")
-        if not any(part.startswith("_") for part in public.split(".")):
-            module = import_module(public)
+        if is_public(name):
+            module = import_module(name.removesuffix(".__init__"))
             values = (getattr(module, each) for each in getattr(module, "__all__", ()))
             places |= {(value.__module__, value.__qualname__) for value in values if hasattr(value, "__qualname__")}
     return frozenset(places)
@@ -196,7 +201,7 @@ def exported() -> frozenset[tuple[str, str]]:
 
 def asked(name: str) -> set[str] | None:
     """The names of a module that users can import; None: all of them."""
-    if not any(part.startswith("_") for part in name.removesuffix(".__init__").split(".")):
+    if is_public(name):
         return None
     return {own for module, own in exported() if module == name}
 
@@ -240,6 +245,12 @@ def test_what_docstrings_and_pages_refer_to_is_there() -> None:
     assert len(named) > 10
     for name in sorted(named):
         resolve_name(name)
+
+
+def test_no_page_names_the_adapters() -> None:
+    pages = [*PACKAGE.parent.glob("*.md"), *(PACKAGE.parent / "docs").glob("*.md")]
+    named = {page.name for page in pages if "convexprune.adapters" in page.read_text()}
+    assert len(pages) > 20 and named <= {"CONTRIBUTING.md"}
 
 
 def test_what_users_import_is_asked_wherever_it_is_defined() -> None:
