@@ -14,8 +14,7 @@ from convexprune._layerwise.steps.survey import survey
 from convexprune._layerwise.store import BLOCKS, MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
-from convexprune.constraints import Constraint, Quantized, Unstructured, make_grid
-from convexprune.constraints._ggml import AnyBlock
+from convexprune.constraints import AnyBlock, Constraint, Quantized, Unstructured, make_grid
 from convexprune.core import Moments
 from convexprune.core._allocation import choose
 from convexprune.pruners import LayerEdit, LayerProblem

@@ -20,9 +20,7 @@ from convexprune._schema.settings import (
     TargetSettings,
 )
 from convexprune._setting_types import make
-from convexprune.constraints import Coded, Constraint, Quantized, make_grid, parse_pattern
-from convexprune.constraints._ggml import AnyBlock
-from convexprune.constraints._grid import Grid, Grouped
+from convexprune.constraints import AnyBlock, Coded, Constraint, Grid, Grouped, Quantized, make_grid, parse_pattern
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted
 from convexprune.pruners._base import WHOLE

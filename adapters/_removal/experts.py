@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from convexprune._layerwise.model import Call, DecoderLayer, computing
-from convexprune.constraints import Constraint
-from convexprune.constraints._budget import check_some
+from convexprune.constraints import Constraint, check_some
 from convexprune.errors import ModelError, PatternError
 from convexprune.pruners import Score
 

@@ -16,8 +16,7 @@ from convexprune._layerwise.model import Call, DecoderLayer
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
-from convexprune.constraints import Constraint
-from convexprune.constraints._budget import check_some
+from convexprune.constraints import Constraint, check_some
 from convexprune.errors import ModelError
 from convexprune.pruners import Score
 

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from convexprune._container.format import Bytes, Streams, compressed
 from convexprune._storage.tensors import DTYPES, Spec
-from convexprune.constraints import Grid
-from convexprune.constraints._codebook import Scales
-from convexprune.constraints._grid import GROUPS, ROW
+from convexprune.constraints import GROUPS, ROW, Grid, Scales
 
 FLOATS = ("BF16", "F16", "F32")
 PROBES = 8  # groups at the beginning of a tensor that are looked at

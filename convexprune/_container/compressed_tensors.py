@@ -18,8 +18,7 @@ from convexprune._runs.folder import CARD, PAGE, REPORT, RunFolder
 from convexprune._storage.files import copy_file, read_json, read_text, write_settings
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
-from convexprune.constraints import Grid, parse_pattern
-from convexprune.constraints._grid import ROW
+from convexprune.constraints import ROW, Grid, parse_pattern
 from convexprune.errors import ModelError
 
 LAYOUT = "compressed-tensors"

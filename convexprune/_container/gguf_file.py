@@ -22,9 +22,7 @@ from convexprune._runs.folder import BLOCKS, RunFolder
 from convexprune._storage.files import named, read_text
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, entries
-from convexprune.constraints import Grid, make_grid, parse_pattern
-from convexprune.constraints._codebook import Codebook, Scales
-from convexprune.constraints._ggml import Q4_0, Q8_0
+from convexprune.constraints import Q4_0, Q8_0, Codebook, Grid, Scales, make_grid, parse_pattern
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import Report
 

@@ -26,7 +26,7 @@ from convexprune._container.gguf_file import (
 from convexprune._container.gguf_model import GGUFModel
 from convexprune._storage.files import read_text
 from convexprune._storage.tensors import cast, entries
-from convexprune.constraints._ggml import AnyBlock, Block
+from convexprune.constraints import AnyBlock, Block
 from convexprune.errors import ModelError, PatternError
 
 ENDS = ("token_embd.weight", "output.weight")

@@ -18,8 +18,7 @@ from convexprune._layerwise.capture import Calls, Reached
 from convexprune._layerwise.model import AbstractOperator
 from convexprune._layerwise.pipeline import in_dtype
 from convexprune._layerwise.processes import ALONE, ProcessGroup
-from convexprune.constraints._codebook import Scales
-from convexprune.constraints._grid import Grid
+from convexprune.constraints import Grid, Scales
 from convexprune.errors import ModelError
 
 Values = dict[str, Tensor]  # by operator

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from functools import partial
 
 from convexprune.constraints._base import Constraint, Mask, Quota
-from convexprune.constraints._budget import Budget
-from convexprune.constraints._codebook import Codebook
-from convexprune.constraints._coded import Coded
+from convexprune.constraints._budget import Budget, check_some, column_norms, sizes
+from convexprune.constraints._codebook import Codebook, OnGrid, Scales, divisible
+from convexprune.constraints._coded import Coded, entropy
 from convexprune.constraints._columns import Columns
 from convexprune.constraints._combined import Quantized, Stacked
 from convexprune.constraints._entries import SemiStructured, Unstructured
-from convexprune.constraints._ggml import BLOCKS
-from convexprune.constraints._grid import FP4, MXFP4, NF4, ROW, Grid
+from convexprune.constraints._ggml import BLOCKS, Q4_0, Q8_0, AnyBlock, Block
+from convexprune.constraints._grid import FP4, GROUPS, MXFP4, NF4, ROW, Grid, Grouped
 from convexprune.constraints._removed import Channels, Experts, Heads, Layers
 from convexprune.errors import PatternError, unknown
 
@@ -98,7 +98,4 @@ def _read_grid(text: str) -> Codebook | None:
     return make_grid(match[1], int(match[3] or ROW)) if match and match[1] in GRIDS else None
 
 
-__all__ = [
-    "GRIDS", "KINDS", "Budget", "Channels", "Coded", "Columns", "Constraint", "Experts", "Grid", "Heads", "Layers",
-    "Mask", "Quantized", "SemiStructured", "Stacked", "Unstructured", "make_grid", "parse_pattern",
-]  # fmt: skip
+__all__ = ["SemiStructured", "Unstructured", "parse_pattern"]  # for users; rooms take the other names, too

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from convexprune.constraints._budget import Budget, sizes
+from convexprune.constraints._budget import Budget, shares_around, sizes
 from convexprune.constraints._codebook import Codebook
 from convexprune.errors import PatternError
 
@@ -45,17 +46,9 @@ class Constraint(ABC):
 
     @abstractmethod
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """Return the nearest weight in the set.
+        """Return the nearest P in the set, of least sum_ij h_j (P_ij - V_ij)^2, as near as the kind can compute.
 
-        Args:
-            weight: V [m n].
-            metric: h [n], not negative (the diagonal of a Gram matrix, say); None: ones.
-
-        Returns:
-            The P of the set with the least sum_ij h_j (P_ij - V_ij)^2, as near as the kind can compute.
-
-        Raises:
-            PatternError: the constraint does not fit a weight of this shape.
+        The metric h [n] is not negative, the diagonal of a Gram matrix, say; None means ones.
         """
 
     @abstractmethod
@@ -68,31 +61,11 @@ class Constraint(ABC):
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        """Return the constraint of a name or a description.
-
-        Args:
-            text: the name or the description.
-            sparsity: a share of zeros beside a name.
-            quota: unit of the share.
-
-        Returns:
-            The constraint; None if the text is of a different kind.
-
-        Raises:
-            PatternError: the settings are out of range, or unknown to this kind.
-        """
+        """Return the constraint of a name, with a share beside it, or of a description; None: another kind's."""
         return None
 
     def check(self, rows: int, columns: int) -> None:
-        """Refuse a weight that the constraint does not fit.
-
-        Args:
-            rows: m.
-            columns: n.
-
-        Raises:
-            PatternError: all entries would be zero, or none although zeros are requested.
-        """
+        """Refuse a weight that the constraint does not fit, because all entries would be zero, say."""
         zeros = self.zeros(rows, columns)
         if zeros >= rows * columns or (zeros == 0 and self.sparsity > 0):
             raise PatternError(f"Sparsity {self.sparsity} of a weight [{rows} {columns}] rounds to {zeros} zeros.")
@@ -102,15 +75,7 @@ class Constraint(ABC):
         return None
 
     def zeros(self, rows: int, columns: int) -> int:
-        """Return the exact number of zeros that are asked of a weight.
-
-        Args:
-            rows: m.
-            columns: n.
-
-        Returns:
-            The number.
-        """
+        """Return the exact number of zeros that are asked of a weight."""
         return 0
 
     def width(self, columns: int) -> int:
@@ -122,61 +87,27 @@ class Constraint(ABC):
         return [(slice(0, rows), self)]
 
     def with_share(self, share: float) -> "Constraint":
-        """Return a constraint of the same kind with a new share, as near as possible.
-
-        Args:
-            share: in [0, 1).
-
-        Returns:
-            The constraint.
-
-        Raises:
-            PatternError: the share is out of range, or the kind has no share.
-        """
-        raise PatternError(f"Pattern {self} has no share of zeros to choose.")
+        """Return a constraint of the same kind with a new `share` in [0, 1), as near as possible."""
+        if not self.continuous:
+            raise PatternError(f"Pattern {self} has no share of zeros to choose.")
+        return replace(self, sparsity=share)  # pyright: ignore[reportArgumentType]: kinds are dataclasses
 
     def ladder(self, reach: float, step: float) -> list["Constraint"]:
-        """Return constraints of the kind around this constraint, as choices for an allocation.
-
-        Args:
-            reach: largest distance of the shares of zeros.
-            step: distance of neighbours, if any share is possible.
-
-        Returns:
-            The choices, the largest share last.
-        """
-        return [self]
+        """Return choices around this constraint, with shares up to `reach` from its own, the largest share last."""
+        shares = shares_around(self.sparsity, reach, step) if self.continuous else ()
+        return [self.with_share(share) for share in shares] or [self]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
-        """Mark the kept entries: the largest scores.
+        """Mark the kept entries: the largest scores [m n], not negative, or those of several weights [k m n].
 
-        Args:
-            scores: [m n], or of several weights [k m n]; not negative.
-            first: first column, for a weight that is decided in blocks of columns; the blocks' counts add up to the
-                exact count of the whole.
-
-        Returns:
-            True for kept entries, of the same shape.
-
-        Raises:
-            PatternError: the constraint does not fit scores of this shape, or chooses no entries.
+        A weight may be decided in blocks of columns, each from its `first`: their counts add up to that of the whole.
         """
         raise PatternError(f"Pattern {self} is no choice of entries: it has no mask.")
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """Return a threshold between kept and pruned scores.
+        """Return a threshold between kept and pruned `scores`, which broadcasts to them.
 
-        The threshold serves as a weight of scores, not as a choice: for a large matrix it is estimated from a part of
-        the entries.
-
-        Args:
-            scores: as of `mask`.
-
-        Returns:
-            A tensor that broadcasts to the scores.
-
-        Raises:
-            PatternError: see `mask`.
+        It serves as a weight of scores, not as a choice: for a large matrix it is an estimate from some entries.
         """
         raise PatternError(f"Pattern {self} is no choice of entries: it has no threshold.")
 

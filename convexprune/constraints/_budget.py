@@ -62,18 +62,11 @@ def shares_around(share: float, reach: float, step: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Budget:
-    """Up to `kept` non-zero units in every line of `width` units of a weight, read row by row.
-
-    Args:
-        width: units of a line.
-        kept: kept units of a line.
-        block: columns of a unit; 1, with a single row: a unit is an entry.
-        rows: rows of a unit.
-    """
+    """Up to `kept` non-zero units in every line of `width` units of a weight, read row by row."""
 
     width: int
     kept: int
-    block: int = 1
+    block: int = 1  # columns of a unit
     rows: int = 1
 
     @property
@@ -92,15 +85,7 @@ class Budget:
         return self.sums(tensor) if self.by_entry else self.sums(tensor.square()).sqrt()
 
     def spread(self, units: Tensor, shape: Sequence[int]) -> Tensor:
-        """Copy the value of a unit to all of its entries.
-
-        Args:
-            units: [lines width].
-            shape: m and n.
-
-        Returns:
-            [m n].
-        """
+        """Copy the value of a unit [lines width] to all of its entries [m n]."""
         if self.by_entry:
             return units.reshape(*shape)
         parts = units.unflatten(1, (1, -1))[..., None].expand(-1, self.rows, -1, self.block)

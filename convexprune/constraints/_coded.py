@@ -35,10 +35,7 @@ class Coded(WholeNumbers):
         - sum_c p_c log2 p_c + 16 / m <= bits,
 
     the length of an ideal entropy code of the codes, and a bfloat16 scale for each column (Cover and Thomas, theorem
-    5.4.1). The smaller the scales, the larger and the more diverse are the codes. There are 1 to 6 bits.
-
-    Raises:
-        PatternError: another number of bits.
+    5.4.1). The smaller the scales, the larger and the more diverse are the codes.
     """
 
     bits: float
@@ -80,29 +77,13 @@ class Coded(WholeNumbers):
 
         A few inputs of a language model are a thousand times as large as others: their scales would be so small that no
         code reached their weights. Others hardly occur in the sample, and may in other texts: no scale is more than
-        `WIDEST` times that of the middle column.
-
-        Args:
-            step: of all.
-            shape: [n], positive: that of each, relative to `step`. It is rounded to quarters of an octave.
-            weight: V [m n].
-
-        Returns:
-            The scales.
+        `WIDEST` times that of the middle column. The shape [n] is rounded to quarters of an octave.
         """
         rounded = shape.clamp_max(WIDEST * shape.median()).log2().mul_(OCTAVE).round_().div_(OCTAVE).exp2_()
         return Scales(rounded_scale(torch.maximum(step * rounded, weight.abs().amax(0) / self.values[-1]))[None])
 
     def step(self, weight: Tensor, shape: Tensor) -> float:
-        """Return the smallest step with which the nearest codes of a weight take no more than `bits`, found by halving.
-
-        Args:
-            weight: V [m n].
-            shape: [n], see `scales`.
-
-        Returns:
-            The step.
-        """
+        """Return the smallest step with which the nearest codes of a weight take no more than `bits`, by halving."""
         sizes, every = weight.abs().amax(0) / shape, -(-weight.numel() // SAMPLE)
         some, scales = weight[::every], SCALE / len(weight)
         high = 4 * float(sizes.max()) or 1.0  # all codes are zero

@@ -1,14 +1,14 @@
 """Whole input channels, singly or in blocks: the same columns are zero in all rows of an operator."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from convexprune._device.select import kth_smallest
-from convexprune.constraints._base import Constraint, Mask, Quota
+from convexprune.constraints._base import Mask, Quota
 from convexprune.constraints._budget import (
     Budget,
     check_share,
@@ -17,7 +17,6 @@ from convexprune.constraints._budget import (
     keep_largest,
     percent,
     read_share,
-    shares_around,
 )
 from convexprune.errors import PatternError
 
@@ -28,9 +27,6 @@ class Columns(Mask):
 
     The energy of a `block`, of so many consecutive columns, is the sum of S_ij^2 over all rows and its columns.
     `sparsity` is the share of the blocks.
-
-    Raises:
-        PatternError: `sparsity` outside [0, 1), or a block below 1.
     """
 
     kind: ClassVar[str] = "columns"
@@ -72,12 +68,6 @@ class Columns(Mask):
         rows, columns = shape
         width = columns // self.block
         return Budget(width, width - self._removed(columns) // self.block, self.block, rows)
-
-    def with_share(self, share: float) -> "Columns":
-        return replace(self, sparsity=share)
-
-    def ladder(self, reach: float, step: float) -> list[Constraint]:
-        return [self.with_share(share) for share in shares_around(self.sparsity, reach, step)]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         if scores.ndim == 3:

@@ -19,9 +19,6 @@ class Quantized(Constraint):
     """Weights in `support` whose kept `values` are on a grid. One may round to zero: there may be more zeros.
 
     `sparsity` is the support's.
-
-    Raises:
-        PatternError: the support removes columns for good, or has zeros that the grid does not have.
     """
 
     support: Constraint
@@ -99,15 +96,7 @@ class Stacked(Constraint):
 
     @classmethod
     def alike(cls, constraint: Constraint, heights: tuple[int, ...]) -> "Stacked":
-        """Apply a constraint to every operator.
-
-        Args:
-            constraint: the constraint.
-            heights: rows by operator.
-
-        Returns:
-            The stack.
-        """
+        """Apply a constraint to every operator."""
         return cls((constraint,) * len(heights), heights)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from numbers import Integral
 from typing import Self
@@ -11,15 +11,7 @@ from torch import Tensor
 
 from convexprune._device.select import kth_smallest, largest_of_groups, middle_of_groups
 from convexprune.constraints._base import Constraint, Mask, Quota
-from convexprune.constraints._budget import (
-    Budget,
-    check_share,
-    check_some,
-    from_percent,
-    keep_largest,
-    percent,
-    shares_around,
-)
+from convexprune.constraints._budget import Budget, check_share, check_some, from_percent, keep_largest, percent
 from convexprune.errors import PatternError
 
 THRESHOLD_SAMPLE = 2**15  # scores: the standard error of a sampled median is 0.3 % of the entries
@@ -66,12 +58,6 @@ class Unstructured(Mask):
         rows, columns = shape
         width = columns if self.by_row else rows * columns
         return Budget(width, width - self.zeros(1 if self.by_row else rows, columns))
-
-    def with_share(self, share: float) -> "Unstructured":
-        return replace(self, sparsity=share)
-
-    def ladder(self, reach: float, step: float) -> list[Constraint]:
-        return [self.with_share(share) for share in shares_around(self.sparsity, reach, step)]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         rows, columns = scores.shape[-2:]

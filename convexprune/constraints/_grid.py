@@ -49,9 +49,6 @@ class Grid(WholeNumbers, Grouped):
     number, negative where the largest weight of its group is positive and takes the code -2^(bits - 1), which has no
     opposite. That is what the layout `pack-quantized` of compressed-tensors can say with symmetric groups, of 32, 64 or
     128 columns; -1 is all of a row, which is an output channel.
-
-    Raises:
-        PatternError: another number of bits or columns.
     """
 
     bits: int
@@ -65,12 +62,10 @@ class Grid(WholeNumbers, Grouped):
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return the name of the numbers, as in `quantize`."""
         return f"int{self.bits}"
 
     @cached_property
     def values(self) -> tuple[float, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return the codes."""
         return tuple(map(float, range(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1))))
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:

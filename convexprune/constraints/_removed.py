@@ -14,11 +14,7 @@ from convexprune.errors import PatternError
 
 @dataclass(frozen=True)
 class Channels(Columns):
-    """Columns that are zero in all rows; of n there remain (1 - sparsity) n, rounded to a `multiple`.
-
-    Raises:
-        PatternError: `sparsity` outside [0, 1), or a multiple below 1.
-    """
+    """Columns that are zero in all rows; of n there remain (1 - sparsity) n, rounded to a `multiple`."""
 
     kind = removes = "channels"
 
@@ -68,9 +64,6 @@ class Heads(Columns):
     """round(sparsity * n) of n KV groups are removed: key/value heads with all query heads that attend to them.
 
     Only the model knows the columns of a group: its operators are pruned to `Columns` in blocks.
-
-    Raises:
-        PatternError: `sparsity` outside [0, 1).
     """
 
     kind = removes = "heads"
@@ -131,11 +124,7 @@ class _Whole(Mask):
 
 @dataclass(frozen=True)
 class Layers(_Whole):
-    """round(sparsity * n) of n decoder layers are removed; weights of remaining layers are free.
-
-    Raises:
-        PatternError: `sparsity` outside [0, 1).
-    """
+    """round(sparsity * n) of n decoder layers are removed; weights of remaining layers are free."""
 
     removes = "layers"
     what = "whole decoder layers"
@@ -143,11 +132,7 @@ class Layers(_Whole):
 
 @dataclass(frozen=True)
 class Experts(_Whole):
-    """round(sparsity * n) of the n experts of every mixture are removed; weights of remaining experts are free.
-
-    Raises:
-        PatternError: `sparsity` outside [0, 1).
-    """
+    """round(sparsity * n) of the n experts of every mixture are removed; weights of remaining experts are free."""
 
     removes = "experts"
     what = "whole experts"

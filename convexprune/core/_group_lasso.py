@@ -6,7 +6,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from convexprune.constraints._budget import column_norms
+from convexprune.constraints import column_norms
 from convexprune.core._abstract_penalty import FINITE, AbstractPenalty, broadcasts, checked_strength, require_step
 from convexprune.core._arrays import as_tensor
 from convexprune.errors import ProblemError

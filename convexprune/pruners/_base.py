@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import check_settings
-from convexprune.constraints import Constraint
-from convexprune.constraints._budget import sizes
+from convexprune.constraints import Constraint, sizes
 from convexprune.core import Moments, Quadratic
 from convexprune.errors import PatternError
 from convexprune.solvers import Solution

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from convexprune._device.kernels import fused, number_like
 from convexprune._setting_types import Count, Ends, NotNegative, Whole, between
-from convexprune.constraints import Constraint
-from convexprune.constraints._budget import column_norms
+from convexprune.constraints import Constraint, column_norms
 from convexprune.core import L1, GroupLasso, Problem, Quadratic
 from convexprune.pruners._base import LayerProblem, Score
 from convexprune.pruners._refit import best_choice, choices

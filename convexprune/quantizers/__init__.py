@@ -11,5 +11,3 @@ QUANTIZERS: dict[str, type[AbstractQuantizer]] = {
     "qep": QEP,
     "rtn": Nearest,
 }
-
-__all__ = ["GPTAQ", "GPTQ", "QEP", "QUANTIZERS", "AbstractQuantizer", "Descent", "Nearest"]

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import check_settings
-from convexprune.constraints._codebook import Codebook, OnGrid
+from convexprune.constraints import Codebook, OnGrid
 from convexprune.pruners import LayerEdit, LayerProblem
 
 
 class AbstractQuantizer(ABC):
-    """Settings of a quantizer, a dataclass.
-
-    Raises:
-        RecipeError: a setting has a wrong type, or is out of range.
-    """
+    """Settings of a quantizer, a dataclass."""
 
     input_errors: ClassVar[bool] = False
     """True if the quantizer reads the errors of inputs, which those of outputs do not give (`ErrorMoments`)."""
@@ -30,18 +26,7 @@ class AbstractQuantizer(ABC):
 
     @torch.no_grad()
     def quantize(self, problem: LayerProblem, pruned: LayerEdit) -> LayerEdit:
-        """Put the values that a pruner kept on the grids that the problem's pattern has for its operators.
-
-        Args:
-            problem: with the rows as they are, none of them scaled.
-            pruned: what a pruner made of it.
-
-        Returns:
-            The weight on its grids; entries that the pruner zeroed stay zero. What has no grid is as it was.
-
-        Raises:
-            PruningError: the damped Gram matrix is not positive definite.
-        """
+        """Put kept values on the grids that the problem's pattern has for its operators; operators without stay."""
         parts = problem.pattern.parts(len(problem.weight))
         grids = {number: own.grid for number, (_, own) in enumerate(parts) if own.grid is not None}
         if not grids:
@@ -66,19 +51,7 @@ class AbstractQuantizer(ABC):
 
     @abstractmethod
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        """Return the weight of rows that share a grid; zero where the pruner's mask is.
-
-        Args:
-            problem: of these rows, in which every input has energy.
-            pruned: what the pruner made of them.
-            grid: of all of them.
-
-        Returns:
-            The weight.
-
-        Raises:
-            PruningError: the damped Gram matrix is not positive definite.
-        """
+        """Return the weight of rows that share a grid, on inputs that all have energy; masked entries are zero."""
 
 
 def _together(grids: Mapping[int, Codebook]) -> list[tuple[Codebook, list[int]]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import NotNegative, Whole
-from convexprune.constraints._codebook import Codebook, OnGrid, Scales
+from convexprune.constraints import Codebook, OnGrid, Scales
 from convexprune.core import Quadratic
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
@@ -33,16 +33,11 @@ class Descent(AbstractQuantizer):
 
     Coded weights have a scale for each column, with which an error of half a step costs the same in every column
     (WaterSIC, arXiv 2603.04956), and what descends is the error plus the bits at a price.
-
-    Args:
-        sweeps: over all columns, before and after the scales.
-        rounds: how often scales and codes take turns; 0: the scales stay as they begin.
-        damping: as of the pruners; None: of the pruner that found the zeros, or from the sample's noise.
     """
 
-    sweeps: Whole = 2
-    rounds: Whole = 1
-    damping: NotNegative | None = None
+    sweeps: Whole = 2  # over all columns, before and after the scales
+    rounds: Whole = 1  # in which scales and codes take turns; 0: the scales stay as they begin
+    damping: NotNegative | None = None  # None: of the pruner that found the zeros, or from the sample's noise
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         damping = choose_damping(problem, self.damping) if self.damping is not None else pruned.damping

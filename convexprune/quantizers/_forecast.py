@@ -5,9 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convexprune.constraints import Constraint
-from convexprune.constraints._codebook import Codebook, OnGrid
-from convexprune.constraints._coded import entropy
+from convexprune.constraints import Codebook, Constraint, OnGrid, entropy
 from convexprune.pruners import LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers._passes import Sweep

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import NotNegative
-from convexprune.constraints._codebook import Codebook, OnGrid, Scales
+from convexprune.constraints import Codebook, OnGrid, Scales
 from convexprune.core._symmetric import ridged
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer
@@ -42,12 +42,9 @@ class GPTQ(AbstractQuantizer):
 
     Differences to the authors' code: scales are rounded to bfloat16. Of a pruned weight the zeros are rounded to zero
     in the sweep, as in SparseGPT's joint pruning and quantization.
-
-    Args:
-        damping: the ridge, in units of the mean diagonal of H.
     """
 
-    damping: NotNegative = 0.01
+    damping: NotNegative = 0.01  # the ridge, in units of the mean diagonal of H
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         gram = ridged(problem.gram, self.damping)
@@ -89,14 +86,10 @@ class QEP(GPTQ):
 
     It becomes W + alpha W C (H + c mean(diag H) I)^-1 with C = mean (x - x*) x*' and alpha = `error_correction`. As in
     the authors' code alpha is 1/2, c is 1, and the operators of a layer's last stage (down_proj) are not corrected.
-
-    Args:
-        damping: that of `GPTQ`.
-        correction_damping: c.
     """
 
     corrects_last: ClassVar[bool] = False
-    correction_damping: NotNegative = 1.0
+    correction_damping: NotNegative = 1.0  # c
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         gram = ridged(problem.gram, self.correction_damping)

@@ -13,7 +13,7 @@ from convexprune._layerwise.model import AbstractOperator, Call, Group
 from convexprune._layerwise.pipeline import AbstractLayerStep
 from convexprune._layerwise.refining import WAYS
 from convexprune._layerwise.settings import LayerSettings, Refinement
-from convexprune.constraints._grid import Grid
+from convexprune.constraints import Grid
 
 
 @dataclass(frozen=True, eq=False)
