@@ -231,44 +231,67 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     Returns:
         The certificate.
     """
-    point, given, consistent, ratio = problem.admit(weight), problem.quadratic, None, 1.0
+    return certify_each(problem, problem.admit(weight), precise, residual)[0]
+
+
+@torch.no_grad()
+def certify_each(
+    problem: Problem, weight: Tensor, precise: bool = True, residual: Tensor | None = None
+) -> list[Certificate]:
+    """Return the certificates, as of `certify`, of problems side by side, or of a single problem.
+
+    Regular problems are certified together. If a problem is irregular (a value that is not finite, a singular H,
+    certificates without float64), problems are certified singly.
+    """
+    found, given = _certified(problem, weight, precise, residual), problem.quadratic
+    if found is not None:
+        return found
+    alone = [(Problem(q, problem.penalty.rows(rows)), rows) for q, rows in zip(given.blocks, given.parts, strict=True)]
+    return [certify(each, weight[rows], precise) for each, rows in alone]
+
+
+def _certified(problem: Problem, point: Tensor, precise: bool, residual: Tensor | None) -> list[Certificate] | None:
+    """Certify a problem, or regular problems together; None where one of several is not regular."""
+    given, many, consistent, ratio = problem.quadratic, len(problem.quadratic.parts) > 1, None, 1.0
     if precise:
         quadratic, free = given.unit_free
         unit = problem.penalty.units(free)
         if unit is not free:  # the penalty is not known in every unit
             consistent, unit = quadratic.is_sum_of_squares, power_of_two(unit)
             quadratic, ratio = given.double.scaled(unit), float((free / unit).square().max())
-        point = point.double() * unit
+        point, residual = point.double() * unit, None
         if certifies_in_parts(given.gram) and not problem.penalty.couples_rows:
+            if many:
+                return None
             quadratic = _in_parts(quadratic, point)
         problem = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit))
-    else:
-        point = point.to(given.cross)
-    if precise or residual is None:
-        residual = problem.quadratic.residual(point)
-    values = problem.quadratic.values(point, residual)
-    slack = problem.penalty.values(point)
-    primal = values + slack
-    convex = problem.penalty.is_convex
-    if not bool(primal.isfinite().all()):
-        return Certificate(inf, inf, inf, convex=convex)
-    if consistent is None:
-        consistent = problem.quadratic.is_sum_of_squares if precise else given.is_credible
+    point, quadratic = point.to(problem.quadratic.cross), problem.quadratic
+    residual = quadratic.residual(point) if residual is None else residual
+    values, slack = quadratic.values(point, residual), problem.penalty.values(point)
+    primal, convex = values + slack, problem.penalty.is_convex
+    if consistent is None and (not many or quadratic.is_well_conditioned):
+        consistent = quadratic.is_sum_of_squares if precise else given.is_credible
+    finite = bool(primal.isfinite().all())
+    if many and not (finite and consistent):
+        return None
+    if not finite:
+        return [Certificate(inf, inf, inf, convex=convex)]
     if not consistent:
-        return Certificate(float(primal.sum()), inf, inf)
-    definite = not precise or isinstance(problem.quadratic, InParts)
+        return [Certificate(float(primal.sum()), inf, inf)]
+    definite = not precise or isinstance(quadratic, InParts)
     doubt = 0.0 if definite else given.unit_free[0].doubt * ratio
     at = problem, point, residual, values, slack
     gaps = row_gaps(*at, dear=precise, doubt=doubt) if convex else torch.full_like(values, inf)
-    resolution = torch.finfo(given.cross.dtype).eps * given.target_energy
-    if not precise:
-        return Certificate(float(primal.sum()), float(gaps.sum()), inf, resolution, convex)
-    scale = problem.penalty.units(problem.quadratic.scale())
-    reach = (problem.quadratic.displacement(point).abs() @ scale).square()  # at least |D| |H| |D|', which may cancel
-    gaps += 4 * torch.finfo(reach.dtype).eps * reach
-    step = float(proximal_steps(problem, point, residual, scale).max())
-    kkt = kkt_residual(step, given.target_energy)
-    return Certificate(float(primal.sum()), float(gaps.sum()), kkt, resolution, convex)
+    kkt = [inf] * len(given.parts)
+    if precise:
+        scale = problem.penalty.units(quadratic.scale())
+        reach = torch.linalg.vecdot(quadratic.displacement(point).abs(), scale).square()  # at least |D| |H| |D|'
+        gaps += 4 * torch.finfo(reach.dtype).eps * reach
+        steps = quadratic.by_block(proximal_steps(problem, point, residual, scale)).amax((1, 2)).tolist()
+        kkt = [kkt_residual(*each) for each in zip(steps, given.target_energies, strict=True)]
+    resolutions = [torch.finfo(given.cross.dtype).eps * energy for energy in given.target_energies]
+    each = zip(given.totals(primal), given.totals(gaps), kkt, resolutions, strict=True)
+    return [Certificate(*numbers, convex) for numbers in each]
 
 
 def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:

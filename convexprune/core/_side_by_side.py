@@ -9,8 +9,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from convexprune._device.precision import certifies_in_parts
-from convexprune.core._problem import Certificate, Problem, certify, kkt_residual, proximal_steps, row_gaps
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._sum_of_squares import UNKNOWN, Cache
 from convexprune.core._symmetric import cholesky, power_of_two
@@ -46,7 +44,7 @@ class SideBySide(Quadratic):
         return [slice(first, first + height) for first in range(0, len(self.cross), height)]
 
     @cached_property
-    def blocks(self) -> list[Quadratic]:
+    def blocks(self) -> list[Quadratic]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Return the quadratic of every weight, with shared tensors."""
         inner, stiffness = self._cache.envelope_of or (None, 0.0)
         blocks = []
@@ -78,11 +76,6 @@ class SideBySide(Quadratic):
 
     def scale(self) -> Tensor:
         return self.for_rows(_positive(self._diagonal).sqrt())
-
-    @cached_property
-    def target_energies(self) -> list[float]:
-        """Return `SumOfSquares.target_energy` by problem."""
-        return self.totals(2 * self.values(torch.zeros_like(self.cross)))
 
     def scaled(self, scale: Tensor) -> Self:
         return self._in_units(self.gram, self.by_block(scale)[:, 0])
@@ -142,51 +135,3 @@ class SideBySide(Quadratic):
 
 def _positive(diagonal: Tensor) -> Tensor:
     return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal))
-
-
-@torch.no_grad()
-def certify_each(
-    problem: Problem, weight: Tensor, precise: bool = True, residual: Tensor | None = None
-) -> list[Certificate]:
-    """Return the certificates, as of `certify`, of problems side by side, or of a single problem.
-
-    Regular problems are certified together. If a problem is irregular (a value that is not finite, a singular H,
-    certificates without float64), problems are certified singly.
-    """
-    given = problem.quadratic
-    if not isinstance(given, SideBySide):
-        return [certify(problem, weight, precise, residual)]
-    found = (
-        None if precise and certifies_in_parts(given.gram) else _certified(problem, given, weight, precise, residual)
-    )
-    if found is not None:
-        return found
-    alone = [Problem(block, problem.penalty.rows(rows)) for block, rows in zip(given.blocks, given.parts, strict=True)]
-    return [certify(each, weight[rows], precise) for each, rows in zip(alone, given.parts, strict=True)]
-
-
-def _certified(
-    problem: Problem, given: SideBySide, point: Tensor, precise: bool, residual: Tensor | None
-) -> list[Certificate] | None:
-    """Certify problems together; None where a problem is not regular."""
-    quadratic = given
-    if precise:
-        quadratic, unit = given.unit_free
-        if not (quadratic.is_well_conditioned and quadratic.is_sum_of_squares):
-            return None
-        point, residual = point.double() * unit, None
-        problem = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit))
-    known = quadratic.residual(point) if residual is None else residual
-    values, slack = quadratic.values(point, known), problem.penalty.values(point)
-    if not bool((values + slack).isfinite().all()):
-        return None
-    gaps, kkt = row_gaps(problem, point, known, values, slack), [inf] * len(given.gram)
-    if precise:
-        scale = quadratic.scale()
-        reach = torch.linalg.vecdot(quadratic.displacement(point).abs(), scale).square()
-        gaps += 4 * torch.finfo(reach.dtype).eps * reach
-        steps = quadratic.by_block(proximal_steps(problem, point, known, scale)).amax((1, 2)).tolist()
-        kkt = [kkt_residual(*each) for each in zip(steps, given.target_energies, strict=True)]
-    resolutions = [torch.finfo(given.cross.dtype).eps * energy for energy in given.target_energies]
-    each = zip(given.totals(values + slack), given.totals(gaps), kkt, resolutions, strict=True)
-    return [Certificate(*numbers) for numbers in each]

@@ -3,7 +3,7 @@
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from math import inf
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Cache:
     precision: float  # the rounding error of the given tensors' dtype
     energy: Tensor  # the given one [m]
     envelope_of: "tuple[SumOfSquares, float] | None" = None  # with the stiffness of a Moreau envelope
-    target_energy: float | None = None
+    target_energies: list[float] | None = None
     is_sum_of_squares: bool | None = None
     is_well_conditioned: bool | None = None
     doubt: float | None = None
@@ -84,6 +84,15 @@ class SumOfSquares:
     def shape(self) -> tuple[int, int]:
         """Return (m, n): outputs and inputs of the operator."""
         return self.cross.shape[0], self.cross.shape[1]
+
+    @property
+    def parts(self) -> list[slice]:
+        """Return the rows of every problem side by side: here all, of a single one."""
+        return [slice(None)]
+
+    @property
+    def blocks(self) -> "list[Self]":
+        return [self]
 
     def totals(self, rows: Tensor) -> list[float]:
         """Return the sum over the `rows` [m]: a single number."""
@@ -138,11 +147,15 @@ class SumOfSquares:
         return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
 
     @property
+    def target_energies(self) -> list[float]:
+        """Return the sum of squares at V = 0 by block: the energy of the whole target, a unit for residuals."""
+        if self._cache.target_energies is None:
+            self._cache.target_energies = self.totals(2 * self.values(torch.zeros_like(self.cross)))
+        return self._cache.target_energies
+
+    @property
     def target_energy(self) -> float:
-        """Return the sum of squares at V = 0: the energy of the whole target, a unit for residuals."""
-        if self._cache.target_energy is None:
-            self._cache.target_energy = float(2 * self.values(torch.zeros_like(self.cross)).sum())
-        return self._cache.target_energy
+        return sum(self.target_energies)
 
     @property
     def rounding(self) -> Tensor:

@@ -164,7 +164,7 @@ FAULTS = (
           {"name": "Support", "spread": 1e10}),
     Fault("a status that the certificate does not back", Status.of.__func__, "cls.UNCONFIRMED if", "said if",
           test_foreign_solvers.test_the_certificate_of_a_users_solver_is_ours),
-    Fault("a gap without the penalty", problem.certify, "slack = problem.penalty.values(point)", "slack = 0 * values",
+    Fault("a gap without the penalty", problem._certified, "problem.penalty.values(point)", "0 * point[:, 0]",
           test_certificate.test_the_bound_holds_near_the_solution_too),
     Fault("a KKT residual of nothing", problem.proximal_steps, "residual / scale, length", "0 * residual, 0.0",
           test_certificate.test_the_kkt_residual_is_large_away_from_the_solution),

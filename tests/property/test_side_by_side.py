@@ -20,9 +20,9 @@ from convexprune.constraints._coded import Coded
 from convexprune.constraints._combined import Quantized
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem, certify, certify_each
 from convexprune.core._quadratic import Quadratic
-from convexprune.core._side_by_side import SideBySide, certify_each
+from convexprune.core._side_by_side import SideBySide
 from convexprune.pruners import ADMM, AbstractPruner, Convex, Damping, LayerProblem, SparseGPT
 from convexprune.pruners._search import Found
 from convexprune.solvers._base import Status
