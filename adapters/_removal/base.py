@@ -4,9 +4,9 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -14,7 +14,7 @@ from torch import Size, Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune._layerwise.capture import Recorded
-from convexprune._storage.tensors import Entry, Spec, raw
+from convexprune._storage.tensors import ChangedEntry, Entry, Spec
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError
 from convexprune.pruners import Score
@@ -64,9 +64,13 @@ def built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedMode
         return type(model)(type(model.config).from_dict(deepcopy(dict(settings))))
 
 
+def parameter_shapes(model: PreTrainedModel) -> Shapes:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
 def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
     try:
-        return {name: tuple(p.shape) for name, p in built(model, settings).named_parameters()}
+        return parameter_shapes(built(model, settings))
     except REFUSALS:
         return {}
 
@@ -119,48 +123,49 @@ class Cut:
         kept[list(self.removed[index])] = False
         return kept.nonzero().flatten()
 
-
-@dataclass(frozen=True)
-class CutEntry(Entry):
-    """A tensor in a file whose removed channels are skipped."""
-
-    whole: Entry | None = None
-    cut: Cut | None = None
-
-    @classmethod
-    def without(cls, whole: Entry, cut: Cut) -> "CutEntry":
-        shape = cut.shape(whole.spec.shape)
-        before, after = torch.Size(whole.spec.shape).numel(), torch.Size(shape).numel()
-        spec = Spec(whole.spec.code, shape, whole.spec.nbytes // before * after)
-        return cls(whole.path, spec, whole.begin, whole, cut)
-
-    def read(self) -> Tensor:
-        assert self.whole is not None and self.cut is not None
-        return self.cut.of(self.whole.read())
-
-    def read_bytes(self) -> bytearray:
-        return bytearray(raw(self.read()))
+    def entry(self, whole: Entry) -> ChangedEntry:
+        shape = self.shape(whole.spec.shape)
+        nbytes = whole.spec.nbytes // Size(whole.spec.shape).numel() * Size(shape).numel()
+        return ChangedEntry(whole.path, Spec(whole.spec.code, shape, nbytes), whole.begin, whole, self.of)
 
 
 Making = Callable[[], Recorded]
 
 
-class AbstractReduced(ABC):
-    """A model without its removed parts."""
+@dataclass(frozen=True, eq=False)
+class AbstractRemoval(ABC):
+    """The removable parts of a dense model, and the number to remove; and the model without chosen parts."""
+
+    chosen_first: ClassVar[bool] = False
+    """True if `choose_by` decides before pruning; False if the pruned weights decide."""
+    removed: Any = field(default=None, kw_only=True)
+    """The removed parts as plain data; None before the choice. Methods about the smaller model need the choice."""
+
+    @property
+    def patterns(self) -> Mapping[str, Constraint]:
+        """Return the patterns of operators that differ, by name."""
+        return {}
 
     @property
     @abstractmethod
     def widths(self) -> Mapping[str, tuple[int, int]]:
         """Numbers before and after, by the setting that declares them."""
 
-    @property
-    @abstractmethod
-    def removed(self) -> Any:
-        """Return the removed parts as plain data, for `AbstractRemoval.without`."""
-
     @abstractmethod
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        """Let a `model` prune only operators that adapt to the removal; return the targets that name them."""
+        """Let a `model` prune only operators that the removal concerns; return the targets that name them."""
+
+    def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> Any:
+        """Decide the removed parts, judged on ids [samples length]."""
+        raise NotImplementedError("the pruned weights say what is removed")
+
+    def narrowed(self, read: Callable[[str], Tensor]) -> Self:
+        """Return the removal of the parts that were chosen, or that the pruned weights do not use."""
+        return self
+
+    @abstractmethod
+    def without(self, removed: Any) -> Self:
+        """Return the removal of the given parts."""
 
     @abstractmethod
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,13 +180,8 @@ class AbstractReduced(ABC):
         """Return the name in the smaller model for a `name` in the dense model; None: removed."""
         return name
 
-    def stand_ins(self, model: HuggingFaceModel) -> Mapping[str, Callable[..., Any]]:
-        """Return forward passes, by module of a dense model, where zeros of removed parts differ from their absence."""
-        return {}
-
-    def stand_in(self, model: HuggingFaceModel) -> None:
-        for name, forward in self.stand_ins(model).items():
-            model.model.get_submodule(name).forward = forward
+    def stand_in(self, model: HuggingFaceModel) -> None:  # noqa: B027
+        """Give modules of a dense model new forward passes if zeros of removed parts differ from their absence."""
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Return the remaining shape of a parameter; None if nothing is left."""
@@ -189,10 +189,13 @@ class AbstractReduced(ABC):
             return None
         return self.cuts[name].shape(shape) if name in self.cuts else shape
 
-    def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
-        whole = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
+    def shapes(self, whole: Shapes) -> Shapes:
+        """Return the shapes of the remaining parameters, by name in the smaller model."""
         named = ((self.renamed(name), self.shape(name, shape)) for name, shape in whole.items())
-        require_shapes(model.model, settings, {n: s for n, s in named if n is not None and s is not None})
+        return {name: shape for name, shape in named if name is not None and shape is not None}
+
+    def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
+        require_shapes(model.model, settings, self.shapes(parameter_shapes(model.model)))
 
     def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the remaining tensors of the `whole` model, by name in the smaller model."""
@@ -224,7 +227,7 @@ class AbstractReduced(ABC):
     def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
         """Return the places of the remaining tensors, by name in the `whole` model."""
         cuts, left = self.cuts, [name for name in whole if self.renamed(name) is not None]
-        return {name: CutEntry.without(whole[name], cuts[name]) if name in cuts else whole[name] for name in left}
+        return {name: cuts[name].entry(whole[name]) if name in cuts else whole[name] for name in left}
 
     def model(self, model: HuggingFaceModel) -> PreTrainedModel:
         """Return the smaller model, with the weights of a `model` that is whole in memory."""
@@ -254,31 +257,3 @@ class AbstractReduced(ABC):
             for total in (whole, decoder) if name.startswith(layers) else (whole,):
                 total[:] = (a + b for a, b in zip(total, pair, strict=True))
         return self.note()["widths"] | {"decoder_parameters": decoder, "parameters": whole}
-
-
-class AbstractRemoval(ABC):
-    """The removable parts of a dense model, and the number to remove."""
-
-    chosen_first: ClassVar[bool] = False
-    """True if `choose_by` decides before pruning; False if the pruned weights decide."""
-
-    @property
-    def patterns(self) -> Mapping[str, Constraint]:
-        """Return the patterns of operators that differ, by name."""
-        return {}
-
-    @abstractmethod
-    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        """Let a `model` prune only operators that the removal may concern; return the targets that name them."""
-
-    def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> Any:
-        """Decide the removed parts, judged on ids [samples length]."""
-        raise NotImplementedError("the pruned weights say what is removed")
-
-    def narrowed(self, read: Callable[[str], Tensor]) -> AbstractReduced:
-        """Return the model without parts that the pruned weights do not use."""
-        raise NotImplementedError("what is removed was decided before")
-
-    @abstractmethod
-    def without(self, removed: Any) -> AbstractReduced:
-        """Return the model without the given parts."""

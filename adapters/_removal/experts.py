@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,18 @@ from .._discovery.experts import fused_parameters
 from .._discovery.layout import signature
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import REFUSALS, AbstractReduced, AbstractRemoval, Cut, Making, Place, built, candidates, set_at, settings_of
+from .base import REFUSALS, AbstractRemoval, Cut, Making, Place, built, candidates, set_at, settings_of
 from .mixtures import Mixture, experts_to_remove, find_mixtures
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertRemoval(AbstractRemoval):
-    """The removable experts of mixtures, the number to remove, and the place of the setting with their number."""
+    """The removal of experts: `removed` are their numbers, by the name of the layer."""
 
     chosen_first: ClassVar[bool] = True
     mixtures: tuple[Mixture, ...]
     count: int
-    place: Place
+    place: Place  # of the setting with the number of experts
 
     @property
     def size(self) -> int:
@@ -56,58 +56,39 @@ class ExpertRemoval(AbstractRemoval):
         pairs = list(zip(self.mixtures, blocks, strict=True))
         return experts_to_remove(model, windows, score, pairs, self.count, record)
 
-    def without(self, removed: Mapping[str, Collection[int]]) -> "FewerExperts":
-        """See `AbstractRemoval.without`: the numbers of experts, by the name of the layer."""
+    def without(self, removed: Mapping[str, Collection[int]]) -> Self:
         for mixture in self.mixtures:
             found = set(removed.get(mixture.layer, ()))
             if len(found) != self.count or not found <= set(range(mixture.size)):
                 raise ModelError(
                     f"{mixture.layer}: experts {sorted(found)} cannot go: it should be {self.count} of {mixture.size}."
                 )
-        return FewerExperts(self, {mixture.layer: sorted(removed[mixture.layer]) for mixture in self.mixtures})
-
-
-@dataclass(frozen=True, eq=False)
-class FewerExperts(AbstractReduced):
-    """A model without some experts."""
-
-    removal: ExpertRemoval
-    numbers: Mapping[str, list[int]]  # of the removed experts, by the name of the layer
-
-    @property
-    def removed(self) -> dict[str, list[int]]:
-        return dict(self.numbers)
+        return replace(self, removed={mixture.layer: sorted(removed[mixture.layer]) for mixture in self.mixtures})
 
     @property
     def widths(self) -> Mapping[str, tuple[int, int]]:
-        return {".".join(self.removal.place): (self.removal.size, self.removal.size - self.removal.count)}
-
-    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        return self.removal.choose(model)
+        return {".".join(self.place): (self.size, self.size - self.count)}
 
     @cached_property
     def cuts(self) -> Mapping[str, Cut]:
-        every = (mixture.cuts(self.numbers[mixture.layer]) for mixture in self.removal.mixtures)
+        every = (mixture.cuts(self.removed[mixture.layer]) for mixture in self.mixtures)
         return {name: cut for cuts in every for name, cut in cuts.items()}
 
     def renamed(self, name: str) -> str | None:
-        for mixture in self.removal.mixtures if any(mixture.lists for mixture in self.removal.mixtures) else ():
+        for mixture in self.mixtures:
             if name.startswith(f"{mixture.layer}."):
-                return mixture.renamed(name, self.numbers[mixture.layer])
+                return mixture.renamed(name, self.removed[mixture.layer])
         return name
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        ((_, (_, after)),) = self.widths.items()
-        return with_experts(settings, self.removal.place, after)
+        return with_experts(settings, self.place, self.size - self.count)
 
-    def stand_ins(self, model: HuggingFaceModel) -> Mapping[str, Callable[..., Any]]:
-        """See `AbstractReduced.stand_ins`: a router sends tokens to experts of zeros, too."""
-        removal, forwards = self.removal, dict[str, Callable[..., Any]]()
-        blocks = small_blocks(model, removal.place, removal.mixtures, removal.size - removal.count)
-        for mixture, small in zip(removal.mixtures, blocks, strict=True):
-            block, numbers = model.model.get_submodule(mixture.block), self.numbers[mixture.layer]
-            forwards[mixture.block] = _either(mixture, block, mixture.without(small, block, numbers), numbers)
-        return forwards
+    def stand_in(self, model: HuggingFaceModel) -> None:
+        """See `AbstractRemoval.stand_in`: a router sends tokens to experts of zeros, too."""
+        blocks = small_blocks(model, self.place, self.mixtures, self.size - self.count)
+        for mixture, small in zip(self.mixtures, blocks, strict=True):
+            block, numbers = model.model.get_submodule(mixture.block), self.removed[mixture.layer]
+            block.forward = _either(mixture, block, mixture.without(small, block, numbers), numbers)
 
 
 def _either(mixture: Mixture, block: nn.Module, fewer: Callable[..., Any], numbers: list[int]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from .._channels.inner_channels import changed_inputs, half, inner_channels, sam
 from .._discovery.family import decoder_layers, head_size
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import Place, Shapes, built, candidates, settings_of, shapes_of
+from .base import Place, Shapes, built, candidates, parameter_shapes, settings_of, shapes_of
 from .narrowing import Narrowing
 
 DIM = "head_dim"
@@ -58,7 +58,7 @@ def find_heads(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
     sets = of_each_kind(model, partial(_of_layer, dims=dims, values=values, head=head_size(model.model.config)))
     named = zip(model.layers, sets, strict=True)
     found = replace(found, sets=tuple(one.of_layer(layer.name) for layer, one in named if one is not None))
-    found.require_configured(model, found.configured(settings_of(model)))
+    found.without_first().require_configured(model, found.configured(settings_of(model)))
     _require_same(model, found)
     return found
 
@@ -85,7 +85,7 @@ def _values(model: HuggingFaceModel) -> _Values:
 
 def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowing, dict[str, int]]:
     """Return settings that declare the remaining groups, and by shrunk parameter its dimension."""
-    shapes, settings = {name: tuple(p.shape) for name, p in model.model.named_parameters()}, settings_of(model)
+    shapes, settings = parameter_shapes(model.model), settings_of(model)
     number, nearest = left, None
     for number in sorted(range(1, values.groups), key=lambda number: (abs(number - left), -number)):
         tried = [(one, shapes_of(model.model, one.configured(settings))) for one in _candidates(model, values, number)]
@@ -201,7 +201,7 @@ def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
     """Check that smaller layers compute the dense function with zeros for some heads: settings decide more than
     shapes.
     """
-    narrowed = found.without({one.name: range(found.count(one.size)) for one in found.sets})
+    narrowed = found.without_first()
     smaller = built(model.model, found.configured(model.model.config.to_dict())).eval()
     left, (_, layers) = [layer.name for layer in model.layers], decoder_layers(smaller)
 

@@ -1,10 +1,10 @@
 """Remove channels, or heads, for good: sets whose number is a setting of the model, equal in all layers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,13 +16,12 @@ from .._channels.channels import Channels
 from .._channels.inner_channels import inner_channels
 from .._huggingface import HuggingFaceModel
 from .base import (
-    AbstractReduced,
     AbstractRemoval,
     Cut,
     Place,
     Shapes,
     candidates,
-    require_shapes,
+    parameter_shapes,
     set_at,
     settings_of,
     shapes_of,
@@ -31,10 +30,13 @@ from .base import (
 
 @dataclass(frozen=True, eq=False)
 class Narrowing(AbstractRemoval):
-    """The removable channels of a model, or KV groups of heads as channels of many rows, and the number to remove."""
+    """The removal of channels, or of KV groups of heads as channels of many rows.
+
+    `removed` are their numbers, by the operator whose inputs they are.
+    """
 
     sets: tuple[Channels, ...]  # named after the operator whose inputs they are
-    widths: Mapping[Place, tuple[int, int]]  # numbers before and after, by the setting that declares them
+    places: Mapping[Place, tuple[int, int]]  # numbers before and after, by the setting that declares them
     said: Mapping[Place, int] = field(default_factory=dict)  # further settings that must not follow from the numbers
 
     @property
@@ -45,14 +47,17 @@ class Narrowing(AbstractRemoval):
             for axis in one.consumers
         }
 
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        return {".".join(path): pair for path, pair in self.places.items()}
+
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
         names = {one.name for one in self.sets}
         inside = {o.name: None for y in model.layers for o in y.operators if f"{y.name}.{o.name}" in names}
         model.choose(tuple(inside), because="it reads nothing that is removed")
         return tuple(inside)
 
-    def narrowed(self, read: Callable[[str], Tensor]) -> "Narrowed":
-        """Return the model without the channels that the pruned operators do not read."""
+    def narrowed(self, read: Callable[[str], Tensor]) -> Self:
         removed = dict[str, list[int]]()
         for one in self.sets:
             (axis,) = one.consumers
@@ -60,51 +65,41 @@ class Narrowing(AbstractRemoval):
             removed[one.name] = unused.nonzero().flatten().tolist()[: self.count(one.size)]
         return self.without(removed)
 
-    def without(self, removed: Mapping[str, Sequence[int]]) -> "Narrowed":
+    def without(self, removed: Mapping[str, Sequence[int]]) -> Self:
         for one in self.sets:
             found, count = set(removed.get(one.name, ())), self.count(one.size)
             if len(found) != count or not found <= set(range(one.size)):
                 raise ModelError(f"{one.name}: {len(found)} of {one.size} to remove; it should be {count}.")
-        return Narrowed(self, {one.name: sorted(removed[one.name]) for one in self.sets})
+        return replace(self, removed={one.name: sorted(removed[one.name]) for one in self.sets})
+
+    def without_first(self) -> Self:
+        """Return the removal of the first channels of every set: all removals leave the same shapes."""
+        return self.without({one.name: range(self.count(one.size)) for one in self.sets})
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         changed = deepcopy(dict(settings))
-        for path, value in {**self.said, **{path: after for path, (_, after) in self.widths.items()}}.items():
+        for path, value in {**self.said, **{path: after for path, (_, after) in self.places.items()}}.items():
             set_at(changed, path, value)
         return changed
 
-    def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
-        shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
-        require_shapes(model.model, settings, _expected(shapes, self.sets, self.widths))
-
     def count(self, size: int) -> int:
-        return next(before - after for before, after in self.widths.values() if before == size)
-
-
-@dataclass(frozen=True, eq=False)
-class Narrowed(AbstractReduced):
-    """A model without some channels."""
-
-    narrowing: Narrowing
-    channels: Mapping[str, list[int]]  # numbers of the removed, by the operator whose inputs they are
-
-    @property
-    def removed(self) -> dict[str, list[int]]:
-        return dict(self.channels)
-
-    @property
-    def widths(self) -> dict[str, tuple[int, int]]:
-        return {".".join(path): pair for path, pair in self.narrowing.widths.items()}
-
-    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        return self.narrowing.choose(model)
-
-    def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return self.narrowing.configured(settings)
+        return next(before - after for before, after in self.places.values() if before == size)
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
-        return _cuts(self.narrowing.sets, self.channels)
+        gone: dict[str, dict[tuple[int, int | None], list[int]]] = {}
+        readers = {axis.parameter for one in self.sets for axis in one.consumers}
+        for one in self.sets:
+            for axis in (*one.axes, *one.consumers):
+                own = gone.setdefault(axis.parameter, {}).setdefault((axis.dim, axis.index), [])
+                own += axis.entries(self.removed[one.name])
+        found = dict[str, Cut]()
+        for name, each in gone.items():
+            (dim, *others) = {dim for dim, _ in each}
+            if others:
+                raise ModelError(f"{name}: channels are rows and columns of it.")
+            found[name] = Cut(dim, {index: tuple(numbers) for (_, index), numbers in each.items()}, name in readers)
+        return found
 
 
 def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
@@ -116,16 +111,15 @@ def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
     whole = [one for one in inner_channels(model) if len(one.consumers) == 1 and "[" not in one.name]
     if not whole:
         raise ModelError(f"{model.name}: no channels between two operators are to be found that could be removed.")
-    settings = settings_of(model)
-    shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
-    widths, sets = dict[Place, tuple[int, int]](), list[Channels]()
+    settings, shapes = settings_of(model), parameter_shapes(model.model)
+    places, sets = dict[Place, tuple[int, int]](), list[Channels]()
     for size in dict.fromkeys(one.size for one in whole):
         pattern.check(1, size)
         for path in candidates(model.model.config, size):
             pair = size, pattern.width(size)
             found = _said_by(model.model, settings, {path: pair}, [one for one in whole if one.size == size], shapes)
             if found:
-                widths[path] = pair
+                places[path] = pair
                 sets += found
                 break
     if not sets:
@@ -134,46 +128,23 @@ def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
             f"{model.name}: no setting of its configuration says how many channels its MLP has ({sizes}), so that a "
             "model with fewer cannot be written. Pattern 'columns' zeroes them in place."
         )
-    found = Narrowing(tuple(sets), widths)
-    found.require_configured(model, found.configured(settings))
+    found = Narrowing(tuple(sets), places)
+    found.without_first().require_configured(model, found.configured(settings))
     return found
 
 
 def _said_by(
     model: PreTrainedModel,
     settings: Mapping[str, Any],
-    widths: Mapping[Place, tuple[int, int]],
+    places: Mapping[Place, tuple[int, int]],
     sets: Sequence[Channels],
     shapes: Shapes,
 ) -> list[Channels]:
     """Return the sets whose size these settings declare; empty if the settings declare anything else as well."""
-    built = shapes_of(model, Narrowing((), widths).configured(settings))
+    built = shapes_of(model, Narrowing((), places).configured(settings))
     changed = {name for name, shape in built.items() if shape != shapes.get(name)}
     found = [one for one in sets if one.consumers[0].parameter in changed]
     try:
-        return found if built == _expected(shapes, found, widths) else []
+        return found if built == Narrowing(tuple(found), places).without_first().shapes(shapes) else []
     except ModelError:
         return []
-
-
-def _expected(shapes: Shapes, sets: Sequence[Channels], widths: Mapping[Place, tuple[int, int]]) -> Shapes:
-    """The shapes of parameters without as many channels as the settings say."""
-    counts = {before: before - after for before, after in widths.values()}
-    cuts = _cuts(sets, {one.name: range(counts[one.size]) for one in sets})
-    return {name: cuts[name].shape(shape) if name in cuts else shape for name, shape in shapes.items()}
-
-
-def _cuts(sets: Iterable[Channels], removed: Mapping[str, Iterable[int]]) -> dict[str, Cut]:
-    gone: dict[str, dict[tuple[int, int | None], list[int]]] = {}
-    readers = {axis.parameter for one in sets for axis in one.consumers}
-    for one in sets:
-        for axis in (*one.axes, *one.consumers):
-            own = gone.setdefault(axis.parameter, {}).setdefault((axis.dim, axis.index), [])
-            own += axis.entries(removed[one.name])
-    found = dict[str, Cut]()
-    for name, each in gone.items():
-        (dim, *others) = {dim for dim, _ in each}
-        if others:
-            raise ModelError(f"{name}: channels are rows and columns of it.")
-        found[name] = Cut(dim, {index: tuple(numbers) for (_, index), numbers in each.items()}, name in readers)
-    return found

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .._data.likelihood import likelihoods
 from .._discovery.family import decoder_layers
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import REFUSALS, AbstractReduced, AbstractRemoval, Making, Place, built, candidates, set_at, settings_of
+from .base import REFUSALS, AbstractRemoval, Making, Place, built, candidates, parameter_shapes, set_at, settings_of
 
 TOKENS = 2048  # that predictions are compared on
 LEAST = 8  # layers that a round tries, if there are as many
@@ -123,7 +123,7 @@ OWN = ("layer_idx", "layer_id", "layer_number", "training")  # what differs betw
 
 @dataclass(frozen=True, eq=False)
 class Shortening(AbstractRemoval):
-    """The removable decoder layers of a model, and the number to remove."""
+    """The removal of decoder layers: `removed` are their numbers."""
 
     chosen_first: ClassVar[bool] = True
     layers: tuple[str, ...]  # names of all layers
@@ -132,59 +132,44 @@ class Shortening(AbstractRemoval):
     lists: Mapping[str, Sequence[Any]]  # settings with an entry per layer, or with numbers of layers
     allowed: tuple[int, ...] = ()  # numbers of the removable layers
 
-    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        model.choose(("Linear",))
-        return ("Linear",)
-
-    def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> list[int]:
-        return layers_to_remove(model, windows, score, self.allowed, self.count, record)
-
-    def without(self, removed: Collection[int]) -> "Shortened":
-        if len(set(removed)) != self.count or not set(removed) <= set(self.allowed):
-            raise ModelError(f"Layers {sorted(removed)} cannot go: {self.count} of {list(self.allowed)} have to.")
-        return Shortened(self, tuple(sorted(set(removed))))
-
-
-@dataclass(frozen=True, eq=False)
-class Shortened(AbstractReduced):
-    """A model without some decoder layers."""
-
-    shortening: Shortening
-    numbers: tuple[int, ...]
-
-    @property
-    def removed(self) -> list[int]:
-        return list(self.numbers)
-
     @property
     def widths(self) -> Mapping[str, tuple[int, int]]:
-        before = len(self.shortening.layers)
-        return {".".join(self.shortening.place): (before, before - len(self.numbers))}
+        return {".".join(self.place): (len(self.layers), len(self.layers) - self.count)}
 
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        """Choose the operators behind a removed layer; without a removal, the last layer's."""
-        kept = [number for number in range(len(self.shortening.layers)) if number not in self.numbers]
-        behind = [model.layers[number] for number in kept if number > self.numbers[0] or number == kept[-1]]
+        """Choose the operators behind a removed layer; without a removal, the last layer's; before the choice, all."""
+        if self.removed is None:
+            model.choose(("Linear",))
+            return ("Linear",)
+        kept = [number for number in range(len(self.layers)) if number not in self.removed]
+        behind = [model.layers[number] for number in kept if number > self.removed[0] or number == kept[-1]]
         names = tuple(f"{layer.name}.{operator.name}" for layer in behind for operator in layer.operators)
         model.choose(names, because="no layer before it is removed")
         return names
 
+    def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> list[int]:
+        return layers_to_remove(model, windows, score, self.allowed, self.count, record)
+
+    def without(self, removed: Collection[int]) -> Self:
+        if len(set(removed)) != self.count or not set(removed) <= set(self.allowed):
+            raise ModelError(f"Layers {sorted(removed)} cannot go: {self.count} of {list(self.allowed)} have to.")
+        return replace(self, removed=sorted(set(removed)))
+
     def renamed(self, name: str) -> str | None:
-        path = self.shortening.layers[0].rpartition(".")[0]
+        path = self.layers[0].rpartition(".")[0]
         if not name.startswith(f"{path}."):
             return name
         number, _, rest = name[len(path) + 1 :].partition(".")
-        if int(number) in self.numbers:
+        if int(number) in self.removed:
             return None
-        return f"{path}.{int(number) - sum(gone < int(number) for gone in self.numbers)}.{rest}"
+        return f"{path}.{int(number) - sum(gone < int(number) for gone in self.removed)}.{rest}"
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         changed = deepcopy(dict(settings))
-        *inside, _ = self.shortening.place
-        ((_, (_, after)),) = self.widths.items()
-        set_at(changed, self.shortening.place, after)
-        count, gone = len(self.shortening.layers), self.numbers
-        for name, values in self.shortening.lists.items():
+        *inside, _ = self.place
+        count, gone = len(self.layers), self.removed
+        set_at(changed, self.place, count - len(gone))
+        for name, values in self.lists.items():
             if _are_numbers(name, values, count):
                 kept = [value - sum(g < value for g in gone) for value in values if value not in gone]
             else:
@@ -202,12 +187,10 @@ class Shortened(AbstractReduced):
             shorter = built(model, settings)
         except REFUSALS as error:
             return str(error)
-        expected = {self.renamed(name): tuple(p.shape) for name, p in model.named_parameters()}
-        expected.pop(None, None)
-        if {name: tuple(p.shape) for name, p in shorter.named_parameters()} != expected:
+        if parameter_shapes(shorter) != self.shapes(parameter_shapes(model)):
             return "its parameters are others"
         _, whole = decoder_layers(model)
-        kept = [layer for number, layer in enumerate(whole) if number not in self.numbers]
+        kept = [layer for number, layer in enumerate(whole) if number not in self.removed]
         for number, (one, other) in enumerate(zip(kept, decoder_layers(shorter)[1], strict=True)):
             if _said_of(one) != _said_of(other):
                 return f"its layer {number} is of another kind"
@@ -234,7 +217,7 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
     for place in sorted(candidates(model.model.config, count), key=lambda place: "layer" not in place[-1]):
         allowed = list[int]()
         for number in range(count):
-            one = Shortened(Shortening(names, 1, place, lists), (number,))
+            one = Shortening(names, 1, place, lists, removed=[number])
             wrong = one.why_not(model.model, one.configured(settings))
             why = wrong or why
             allowed += [number] if wrong is None else []

@@ -3,14 +3,15 @@
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._layerwise.folder_store import ENDS, FolderStore
@@ -18,14 +19,14 @@ from convexprune._layerwise.store import BLOCKS
 from convexprune._storage.failures import writing
 from convexprune._storage.files import copy_file, write_json, write_settings
 from convexprune._storage.staging import Staging
-from convexprune._storage.tensors import DTYPES, Entry
+from convexprune._storage.tensors import ChangedEntry, Entry
 
 from .._channels.channels import Axis
 from .._channels.permuting import Permutation
 from .._checkpoints.model_folder import CONFIG, documents, result_name
 from .._discovery.operators import offloaded, tensor_of
 from .._huggingface import HuggingFaceModel
-from .._removal.base import AbstractReduced
+from .._removal.base import AbstractRemoval
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def save_from_store(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     settings: Mapping[str, Any],
-    narrowed: AbstractReduced | None = None,
+    narrowed: AbstractRemoval | None = None,
 ) -> None:
     """Write the model with its layers from the store, without removed parts, and add `settings` to config.json.
 
@@ -110,7 +111,7 @@ def save_from_store(
 
 
 def pruned_entries(
-    model: HuggingFaceModel, store: FolderStore, narrowed: AbstractReduced | None = None
+    model: HuggingFaceModel, store: FolderStore, narrowed: AbstractRemoval | None = None
 ) -> dict[str, Entry]:
     layers = enumerate(model.layers)
     found = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
@@ -121,18 +122,10 @@ def _is_offloaded(model: PreTrainedModel) -> bool:
     return any(offloaded(module) is not None for module in model.modules())
 
 
-@dataclass(frozen=True)
-class _PermutedEntry(Entry):
-    """A tensor in a file, with reordered entries along some axes."""
-
-    orders: tuple[tuple[Axis, list[int]], ...] = ()
-
-    def read_bytes(self) -> bytearray:
-        data = super().read_bytes()
-        tensor = torch.frombuffer(data, dtype=DTYPES[self.spec.code]).reshape(self.spec.shape)
-        for axis, order in self.orders:
-            axis.order(tensor, torch.tensor(order))
-        return data
+def _reordered(orders: Iterable[tuple[Axis, list[int]]], tensor: Tensor) -> Tensor:
+    for axis, order in orders:
+        axis.order(tensor, torch.tensor(order))
+    return tensor
 
 
 def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> None:
@@ -149,5 +142,6 @@ def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> 
         for name, parameter in model.model.named_parameters(remove_duplicate=False):
             own, entry = named.setdefault(id(parameter), name), model.shards.entry(name)
             if own in orders and entry is not None:
-                changed[name] = _PermutedEntry(entry.path, entry.spec, entry.begin, tuple(orders[own]))
+                change = partial(_reordered, orders[own])
+                changed[name] = ChangedEntry(entry.path, entry.spec, entry.begin, entry, change)
     save_new(model, folder, changed, {"permutation.json": found.to_dict()})

@@ -20,7 +20,7 @@ from convexprune.report import OperatorReport
 from .._checkpoints.model_folder import CONFIG, shard_files
 from .._discovery.operators import tensor_of
 from .._huggingface import HuggingFaceModel
-from .._removal.base import AbstractReduced
+from .._removal.base import AbstractRemoval
 from .saving import pruned_entries
 
 
@@ -29,7 +29,7 @@ def require_written(
     folder: Path,
     reports: Sequence[OperatorReport],
     store: FolderStore | None = None,
-    narrowed: AbstractReduced | None = None,
+    narrowed: AbstractRemoval | None = None,
 ) -> None:
     """Check names, shapes, dtypes and reported zeros of the result; of a smaller model, every bit."""
     try:
@@ -52,7 +52,7 @@ def require_written(
         ) from cause
 
 
-def _require_narrowed(model: HuggingFaceModel, folder: Path, store: FolderStore, narrowed: AbstractReduced) -> None:
+def _require_narrowed(model: HuggingFaceModel, folder: Path, store: FolderStore, narrowed: AbstractRemoval) -> None:
     """Check the tensors of a folder, and that the configuration describes a model of this size."""
     if model.shards is None:
         _require_equal(narrowed.apply_to(model), folder)

@@ -42,7 +42,7 @@ from convexprune.adapters._discovery.selection import with_rules
 from convexprune.adapters._gguf import TypeChoice, on_grid
 from convexprune.adapters._inspection.outline import what_needs_less
 from convexprune.adapters._removal import find_removal
-from convexprune.adapters._removal.base import AbstractReduced, AbstractRemoval
+from convexprune.adapters._removal.base import AbstractRemoval
 from convexprune.adapters._token_weights import token_weights
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import GGUF, Recipe, make_recipe
@@ -103,7 +103,6 @@ class Request:
         self.size: Any = None  # of a GGUF file (`_container.gguf_size.Size`), and the bytes that it may have
         self.target = 0
         self.removal: AbstractRemoval | None = None
-        self.reduced: AbstractReduced | None = None
         self.clock = Clock()
         self.dense_states: list[Tensor] | None = None
 
@@ -178,16 +177,16 @@ class Request:
 
         made = removal.choose_by(score, loaded, judging, list) if store is None else None
         found = made if store is None else store.compute_once("removed", lambda: choose(store))
-        self.reduced = reduced = removal.without(found)
-        self.open = partial(self.open, targets=reduced.choose(loaded))
-        reduced.stand_in(loaded)
-        self.layers = replace(self.layers, emptied=reduced.emptied)
+        self.removal = chosen = removal.without(found)
+        self.open = partial(self.open, targets=chosen.choose(loaded))
+        chosen.stand_in(loaded)
+        self.layers = replace(self.layers, emptied=chosen.emptied)
         report.left_alone = dict(loaded.left_alone)
         self.clock.lap("choosing what to remove")
 
-    def _narrowed(self, read: Callable[[str], Tensor]) -> AbstractReduced | None:
-        """Return the model without removed parts, by choice or by the zeros of the pruned weights that `read` gives."""
-        return self.reduced if self.removal is None or self.reduced is not None else self.removal.narrowed(read)
+    def _narrowed(self, read: Callable[[str], Tensor]) -> AbstractRemoval | None:
+        """Return the removal, by choice or by the zeros of the pruned weights that `read` gives."""
+        return None if self.removal is None else self.removal.narrowed(read)
 
     def _allocate(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None

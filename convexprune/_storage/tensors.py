@@ -67,6 +67,20 @@ class Entry:
         return data
 
 
+@dataclass(frozen=True)
+class ChangedEntry(Entry):
+    """A tensor that is computed from a tensor in a file."""
+
+    whole: Entry
+    change: Callable[[Tensor], Tensor]
+
+    def read(self) -> Tensor:
+        return self.change(self.whole.read())
+
+    def read_bytes(self) -> bytearray:
+        return bytearray(raw(self.read()))
+
+
 def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file; only the header is read.
 

@@ -15,7 +15,7 @@ import convexprune
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._gradients import Fisher, loss_fisher
-from convexprune.adapters._removal.base import AbstractReduced, Cut
+from convexprune.adapters._removal.base import AbstractRemoval, Cut
 from convexprune.adapters._removal.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._saving.written import require_written
 from convexprune.constraints import Channels, Constraint
@@ -53,7 +53,7 @@ def zero_some(model: HuggingFaceModel, found: Narrowing, pattern: Constraint) ->
         axis.of(model.model.get_parameter(axis.parameter)).index_fill_(axis.dim, entries, 0)
 
 
-def require_same_as_zeros(model: HuggingFaceModel, found: Narrowing, pattern: Constraint) -> AbstractReduced:
+def require_same_as_zeros(model: HuggingFaceModel, found: Narrowing, pattern: Constraint) -> AbstractRemoval:
     """The smaller model, which computes what the whole one does with zeros, and counts its parameters."""
     zero_some(model, found, pattern)
     narrowed = found.narrowed(model.model.get_parameter)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import convexprune
 from convexprune._api.calls import plan
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._removal.experts import FewerExperts, find_experts, small_blocks
+from convexprune.adapters._removal.experts import ExpertRemoval, find_experts, small_blocks
 from convexprune.adapters._removal.mixtures import Judged, chosen, recording
 from convexprune.constraints import Experts
 from convexprune.errors import ModelError, OutputError, PatternError, RecipeError
@@ -71,13 +71,13 @@ def mixtral(experts: int, seed: int = 0, **others: Any) -> PreTrainedModel:
         ).eval()
 
 
-def without(model: HuggingFaceModel, *numbers: int) -> FewerExperts:
+def without(model: HuggingFaceModel, *numbers: int) -> ExpertRemoval:
     """The model without the same experts in all layers."""
     found = find_experts(model, Experts(len(numbers) / find_experts(model, Experts(0.25)).size))
     return found.without({mixture.layer: list(numbers) for mixture in found.mixtures})
 
 
-def empty(model: HuggingFaceModel, reduced: FewerExperts) -> None:
+def empty(model: HuggingFaceModel, reduced: ExpertRemoval) -> None:
     for layer in model.layers:
         model.load_state(layer, reduced.emptied(layer.name, dict(layer.module.named_parameters())))
 
@@ -109,7 +109,7 @@ def test_every_family_is_left_with_the_other_experts(family: str):
     empty(model, reduced)
     assert torch.equal(model.model(TOKENS).logits, twin(TOKENS).logits)
     with pytest.raises(ModelError, match="it should be"):
-        reduced.removal.without({})
+        reduced.without({})
 
 
 @torch.no_grad()
@@ -230,7 +230,7 @@ def test_the_result_is_an_ordinary_smaller_folder(source: Path, tmp_path: Path):
     note = json.loads((tmp_path / "out" / "experts.json").read_text())
     assert note["widths"] == {"num_local_experts": [4, 3]} and smaller.config.num_local_experts == 3
     dense = AutoModelForCausalLM.from_pretrained(source)
-    reduced = without(HuggingFaceModel(dense), 0).removal.without(note["removed"])
+    reduced = without(HuggingFaceModel(dense), 0).without(note["removed"])
     changed = {f"{o.name}.weight" for o in result.report.operators}
     for name, tensor in reduced.state(dense.state_dict()).items():
         assert torch.equal(tensor, smaller.state_dict()[name]) != (name in changed)
@@ -257,7 +257,7 @@ def test_a_model_that_streams_loses_its_experts_tensor_by_tensor(tmp_path: Path)
     assert result.report.environment["loading"] == "layer by layer"
     dense = HuggingFaceModel(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
     note = json.loads((tmp_path / "out" / "experts.json").read_text())
-    expected = without(dense, 0).removal.without(note["removed"]).state(dense.model.state_dict())
+    expected = without(dense, 0).without(note["removed"]).state(dense.model.state_dict())
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert expected.keys() == smaller.keys() and all(torch.equal(smaller[name], t) for name, t in expected.items())
 

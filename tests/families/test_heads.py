@@ -125,7 +125,7 @@ def test_a_number_that_cannot_be_had_is_refused_with_one_that_can():
         with pytest.raises(ModelError, match=r"that 3 of the 8 KV groups .* It can say: 4, with sparsity=0\.5"):
             find_heads(model, Heads(0.625))
     else:  # an older release
-        assert find_heads(model, Heads(0.625)).widths[("num_attention_heads",)] == (8, 3)
+        assert find_heads(model, Heads(0.625)).widths["num_attention_heads"] == (8, 3)
     for share, rounded in ((0.01, 0), (0.99, 8)):
         with pytest.raises(
             PatternError, match=rf"of 8 KV groups of heads rounds to {rounded}. Accepted: 0\.125 for one"

@@ -25,7 +25,7 @@ from convexprune._api.calls import plan
 from convexprune.adapters import HuggingFaceModel, load
 from convexprune.adapters._checkpoints.shards import stored_as
 from convexprune.adapters._removal.shortening import (
-    Shortened,
+    Shortening,
     divergences,
     find_shortening,
     influences,
@@ -116,7 +116,7 @@ def test_layers_that_depend_on_their_number_are_refused():
 
 
 def test_a_model_of_which_no_configuration_has_the_rest_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Shortened, "why_not", lambda *_: "every second layer has experts")
+    monkeypatch.setattr(Shortening, "why_not", lambda *_: "every second layer has experts")
     with pytest.raises(ModelError, match=r"2 of its 5 decoder layers cannot go, .* \(every second layer has experts\)"):
         find_shortening(HuggingFaceModel(made(LlamaConfig(**LLAMA))), Layers(0.4))
 
