@@ -20,7 +20,7 @@ class AbstractPenalty(ABC):
 
     Three methods make a penalty: `values`, `prox` and `dual_scale`. All others follow for a norm. A penalty that is no
     norm has a `conjugate`, too. A penalty that is a sum over columns has `units` and `scaled`, and is solved faster.
-    `convexprune.problems.check_penalty` tries what a class says.
+    `convexprune.problems.check_penalty` tries what a class says. Numbers out of range are a `ProblemError`.
     """
 
     couples_rows = False
@@ -48,14 +48,7 @@ class AbstractPenalty(ABC):
 
     @abstractmethod
     def dual_scale(self, dual: Tensor) -> Tensor:
-        """Return the largest factor s_i for which the conjugate of the row s_i S_i is finite.
-
-        Args:
-            dual: S [m n].
-
-        Returns:
-            [m]; may be inf. The same for all rows, if the penalty couples them.
-        """
+        """Return the largest s_i [m], or inf, of which p* is finite at s_i S_i, of `dual` S; alike in coupled rows."""
 
     def prox_(self, weight: Tensor, step: float) -> Tensor:
         """Return `prox`, written over the weight.
@@ -83,25 +76,11 @@ class AbstractPenalty(ABC):
         return self.prox_(torch.add(weight, residual, alpha=step), step)
 
     def conjugate(self, dual: Tensor) -> Tensor:
-        """Return the convex conjugate p*(S) = max_V <S, V> - p(V) by row: zero, of a norm.
-
-        Args:
-            dual: S [m n], in the domain of p*.
-
-        Returns:
-            [m].
-        """
+        """Return the convex conjugate max_V <S, V> - p(V) by row [m] of a `dual` S in its domain: zero, of a norm."""
         return dual.new_zeros(len(dual))
 
     def project(self, dual: Tensor) -> Tensor:
-        """A point where the conjugate is finite; of a norm, the nearest one (Moreau's decomposition).
-
-        Args:
-            dual: S [m n].
-
-        Returns:
-            [m n].
-        """
+        """Return a point where the conjugate is finite; of a norm, the nearest to `dual` S (Moreau's decomposition)."""
         return dual - self.prox(dual, 1.0)
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
@@ -117,36 +96,15 @@ class AbstractPenalty(ABC):
         return None
 
     def units(self, scale: Tensor) -> Tensor:
-        """Return the scale nearest to a scale of which `scaled` is known: by default, one number for all columns.
-
-        Args:
-            scale: [n], positive.
-
-        Returns:
-            [n].
-        """
+        """Return the scale nearest to a positive `scale` [n] of which `scaled` is known: by default, one number."""
         return scale.log().mean().exp().expand_as(scale)
 
     def scaled(self, scale: Tensor) -> "AbstractPenalty":
-        """Return the penalty as a function of U = V * scale.
-
-        Args:
-            scale: [n], positive, as `units` returns it.
-
-        Returns:
-            The penalty of U.
-        """
+        """Return the penalty as a function of U = V * `scale` [n], positive, as `units` returns the scale."""
         return Scaled(self, float(scale.flatten()[0]))
 
     def times(self, factor: float) -> "AbstractPenalty":
-        """Return the penalty factor p.
-
-        Args:
-            factor: positive.
-
-        Returns:
-            The penalty of V.
-        """
+        """Return the penalty `factor` p; the factor is positive."""
         if not self.priced:
             return Scaled(self, 1.0, factor)
         other = copy(self)
@@ -174,20 +132,9 @@ class AbstractPenalty(ABC):
         return [(name, value) for name, value in named if isinstance(value, Tensor)]
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Refuse to be added to a quadratic of weights of another shape.
-
-        Args:
-            shape: (m, n) of the weights.
-
-        Raises:
-            ProblemError: a tensor of the penalty does not broadcast to the shape.
-        """
+        """Refuse tensors of the penalty that do not broadcast to the `shape` (m, n) of weights."""
         for name, tensor in self._tensors():
-            if not broadcasts(tensor.shape, shape):
-                raise ProblemError(
-                    f"`{name}` of {type(self).__name__} is {list(tensor.shape)}, which does not broadcast to the "
-                    f"problem's {list(shape)} [outputs inputs]."
-                )
+            require_broadcast(f"`{name}` of {type(self).__name__}", tensor, shape)
 
 
 def require_norm(penalty: AbstractPenalty, like: Tensor) -> None:
@@ -269,5 +216,14 @@ def require_step(step: float) -> None:
         raise ProblemError(f"The step of a prox is {step}; it must be 0 or more.")
 
 
-def broadcasts(shape: torch.Size, to: tuple[int, int]) -> bool:
-    return len(shape) <= 2 and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+def require_broadcast(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    """Refuse a tensor that does not broadcast to the shape of a weight."""
+    if tensor.ndim > 2 or not all(a in (1, b) for a, b in zip(reversed(tensor.shape), reversed(shape), strict=False)):
+        raise ProblemError(
+            f"{name} is {list(tensor.shape)}, which does not broadcast to the problem's {list(shape)} [outputs inputs]."
+        )
+
+
+def like(value: float | Tensor, tensor: Tensor) -> Tensor:
+    """Return a number or a tensor in the dtype and on the device of a tensor."""
+    return torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)

@@ -2,12 +2,12 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from convexprune.core._abstract_penalty import FINITE, Elementwise, checked_strength, require_step
+from convexprune.core._abstract_penalty import FINITE, Elementwise, checked_strength, like, require_step
 from convexprune.errors import ProblemError
 
 
@@ -16,6 +16,7 @@ class Concave(Elementwise):
     """A sum of concave prices of |V_ij|."""
 
     is_convex = False
+    least_reach: ClassVar[float]
 
     strength: float | Tensor
     reach: float = 3.0
@@ -24,18 +25,19 @@ class Concave(Elementwise):
     def __post_init__(self) -> None:
         wrong = f"A strength of {type(self).__name__} is negative or not finite."
         object.__setattr__(self, "strength", checked_strength(self.strength, wrong, FINITE))
-        least = self._least_reach
-        if not least < self.reach <= FINITE:
-            raise ProblemError(f"The reach of {type(self).__name__} is {self.reach}; it must be above {least}.")
+        if not self.least_reach < self.reach <= FINITE:
+            raise ProblemError(
+                f"The reach of {type(self).__name__} is {self.reach}; it must be above {self.least_reach}."
+            )
 
     def values(self, weight: Tensor) -> Tensor:
-        return self._price(weight.abs() / self.scale, self._like(weight)).sum(1)
+        return self._price(weight.abs() / self.scale, like(self.strength, weight)).sum(1)
 
     def prox(self, weight: Tensor, step: float) -> Tensor:
         """The best of the stationary points of the pieces."""
         require_step(step)
-        scale = torch.as_tensor(self.scale, dtype=weight.dtype, device=weight.device)
-        size, strength, steps = weight.abs() / scale, self._like(weight), step / scale.square()
+        scale, strength = like(self.scale, weight), like(self.strength, weight)
+        size, steps = weight.abs() / scale, step / scale.square()
         points = torch.stack([each.expand_as(size) for each in self._stationary(size, strength, steps)])
         costs = (points - size).square() / 2 + steps * self._price(points, strength)
         best = points.gather(0, costs.argmin(0, keepdim=True))[0]
@@ -51,19 +53,12 @@ class Concave(Elementwise):
     def scaled(self, scale: Tensor) -> Self:
         return replace(self, scale=self.scale * scale)
 
-    @property
-    @abstractmethod
-    def _least_reach(self) -> float: ...
-
     @abstractmethod
     def _price(self, size: Tensor, strength: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _stationary(self, size: Tensor, strength: Tensor, step: Tensor) -> list[Tensor]:
         """Return where |V - size|^2 / 2 + step price may be least, for each piece of the price."""
-
-    def _like(self, tensor: Tensor) -> Tensor:
-        return torch.as_tensor(self.strength, dtype=tensor.dtype, device=tensor.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +71,9 @@ class MCP(Concave):
         strength: the price of a small weight, of a shape that broadcasts to [m n].
         reach: above 0; the larger, the nearer to L1.
         scale: of the weight [n]; for solvers.
-
-    Raises:
-        ProblemError: a strength is negative or not finite, or the reach too small.
     """
 
-    @property
-    def _least_reach(self) -> float:
-        return 0.0
+    least_reach = 0.0
 
     def _price(self, size: Tensor, strength: Tensor) -> Tensor:
         near = torch.minimum(size, self.reach * strength)
@@ -106,16 +96,11 @@ class SCAD(Concave):
         strength: the price of a small weight, of a shape that broadcasts to [m n].
         reach: above 2; the larger, the nearer to L1.
         scale: of the weight [n]; for solvers.
-
-    Raises:
-        ProblemError: a strength is negative or not finite, or the reach too small.
     """
 
-    reach: float = 3.7
+    least_reach = 2.0
 
-    @property
-    def _least_reach(self) -> float:
-        return 2.0
+    reach: float = 3.7
 
     def _price(self, size: Tensor, strength: Tensor) -> Tensor:
         bent = torch.minimum(size, self.reach * strength)

@@ -6,7 +6,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from convexprune.core._abstract_penalty import FINITE, Elementwise, checked_strength, require_step
+from convexprune.core._abstract_penalty import FINITE, Elementwise, checked_strength, like, require_step
 
 SLACK = 8  # rounding errors by which an entry may be beyond a bound: units change by them
 
@@ -23,9 +23,6 @@ class ElasticNet(Elementwise):
         ridge: not negative.
         lower: at most 0; may be -inf.
         upper: at least 0; may be inf.
-
-    Raises:
-        ProblemError: a number is out of range.
     """
 
     priced = ("strength", "ridge")
@@ -94,9 +91,7 @@ class ElasticNet(Elementwise):
         return low, torch.where((ridge > 0) | (upper < inf), inf, strength)
 
     def _like(self, tensor: Tensor) -> list[Tensor]:
-        prices = [
-            torch.as_tensor(each, dtype=tensor.dtype, device=tensor.device) for each in (self.strength, self.ridge)
-        ]
+        prices = like(self.strength, tensor), like(self.ridge, tensor)
         return [*prices, _inside(self.lower, tensor), _inside(self.upper, tensor)]
 
 

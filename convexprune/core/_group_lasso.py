@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import column_norms
-from convexprune.core._abstract_penalty import FINITE, AbstractPenalty, broadcasts, checked_strength, require_step
+from convexprune.core._abstract_penalty import (
+    FINITE,
+    AbstractPenalty,
+    checked_strength,
+    like,
+    require_broadcast,
+    require_step,
+)
 from convexprune.core._arrays import as_tensor
 from convexprune.errors import ProblemError
 
@@ -26,9 +33,6 @@ class GroupLasso(AbstractPenalty):
         strength: not negative, a number or [n], equal in all columns of a block. Zero leaves a column free.
         checked: check the strengths. False is for strengths made in a loop, where the check stops a GPU.
         block: number of consecutive columns with a common price.
-
-    Raises:
-        ProblemError: a strength is negative or not finite, or strengths differ by row.
     """
 
     couples_rows = True
@@ -46,7 +50,7 @@ class GroupLasso(AbstractPenalty):
                 raise ProblemError(wrong)
 
     def values(self, weight: Tensor) -> Tensor:
-        return (weight * self._directions(weight) * self._like(weight)).sum(1)
+        return (weight * self._directions(weight) * like(self.strength, weight)).sum(1)
 
     def prox(self, weight: Tensor, step: float) -> Tensor:
         """Block shrinkage, V_:b (1 - step strength_b / |V_:b|)_+."""
@@ -56,15 +60,15 @@ class GroupLasso(AbstractPenalty):
         return weight.mul_(self._shrinkage(weight, step))
 
     def project(self, dual: Tensor) -> Tensor:
-        return dual * _ratio(self._like(dual), column_norms(dual, self.block))
+        return dual * _ratio(like(self.strength, dual), column_norms(dual, self.block))
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
         """strength_j V_:j / |V_:j| where the column is not zero, else the dual point shortened to the strength."""
-        direction = self._directions(weight) * self._like(weight)
+        direction = self._directions(weight) * like(self.strength, weight)
         return torch.where(column_norms(weight, self.block) > 0, direction, self.project(dual))
 
     def dual_scale(self, dual: Tensor) -> Tensor:
-        ratio = self._like(dual) / column_norms(dual, self.block)
+        ratio = like(self.strength, dual) / column_norms(dual, self.block)
         return ratio.nan_to_num_(nan=inf, posinf=inf).amin().expand(len(dual))  # 0 / 0: no factor is too large
 
     def units(self, scale: Tensor) -> Tensor:
@@ -81,9 +85,6 @@ class GroupLasso(AbstractPenalty):
         if shape[1] % self.block:
             raise ProblemError(f"A weight {list(shape)} has no blocks of {self.block} columns: give a block that fits.")
 
-    def _like(self, tensor: Tensor) -> Tensor:
-        return torch.as_tensor(self.strength, dtype=tensor.dtype, device=tensor.device)
-
     def _directions(self, weight: Tensor) -> Tensor:
         """Return V_:j / |V_:j| [m n]; zero where the column is zero."""
         norms = column_norms(weight, self.block)
@@ -91,7 +92,7 @@ class GroupLasso(AbstractPenalty):
 
     def _shrinkage(self, weight: Tensor, step: float) -> Tensor:
         require_step(step)
-        return 1 - _ratio(step * self._like(weight), column_norms(weight, self.block))
+        return 1 - _ratio(step * like(self.strength, weight), column_norms(weight, self.block))
 
 
 def _ratio(strength: Tensor, norms: Tensor) -> Tensor:
@@ -110,9 +111,6 @@ class RowGroups(AbstractPenalty):
         groups: the number of the group of each column [n], or of each entry [m n]: 0, 1, 2, ...
         strength: not negative, a number, or [groups]. sqrt(size of the group) times a number treats all sizes alike.
         l1: not negative, of a shape that broadcasts to [m n]: the price of entries inside groups.
-
-    Raises:
-        ProblemError: a strength is negative or not finite, or the groups are no whole numbers from 0.
     """
 
     priced = ("strength", "l1")
@@ -136,29 +134,29 @@ class RowGroups(AbstractPenalty):
             object.__setattr__(self, "strength", strength)
 
     def values(self, weight: Tensor) -> Tensor:
-        lasso = (weight.abs() * self._like(self.l1, weight)).sum(1)
-        return (self._norms(weight) * self._like(self.strength, weight)).sum(1) + lasso
+        lasso = (weight.abs() * like(self.l1, weight)).sum(1)
+        return (self._norms(weight) * like(self.strength, weight)).sum(1) + lasso
 
     def prox(self, weight: Tensor, step: float) -> Tensor:
         require_step(step)
         soft = self._soft(weight, step)
-        return soft * (1 - self._spread(_ratio(step * self._like(self.strength, weight), self._norms(soft)), weight))
+        return soft * (1 - self._spread(_ratio(step * like(self.strength, weight), self._norms(soft)), weight))
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
         """The gradient of each group's norm where the group is not zero, and the part of the dual point elsewhere."""
-        norms, l1 = self._norms(weight), self._like(self.l1, weight)
-        scale = self._like(self.strength, weight) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        norms, l1 = self._norms(weight), like(self.l1, weight)
+        scale = like(self.strength, weight) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         inside = torch.where(weight != 0, l1 * weight.sign(), dual.clamp(-l1, l1))
         slope = weight * self._spread(scale.expand_as(norms), weight) + inside
         return torch.where(self._spread(norms > 0, weight), slope, self.project(dual))
 
     def dual_scale(self, dual: Tensor) -> Tensor:
         """1 / e for the least e with |soft(S_g, e l1)| <= e strength_g in each group, found by halving."""
-        strength, norms = self._like(self.strength, dual), self._norms(dual)
+        strength, norms = like(self.strength, dual), self._norms(dual)
         high = (norms / strength).nan_to_num(nan=0.0, posinf=inf)
-        if bool(self._like(self.l1, dual).any()):
+        if bool(like(self.l1, dual).any()):
             low = torch.zeros_like(high)
-            most = self._like(self.l1, dual).clamp_min(torch.finfo(dual.dtype).tiny)
+            most = like(self.l1, dual).clamp_min(torch.finfo(dual.dtype).tiny)
             high = high.minimum(low.scatter_reduce(1, self._labels(dual), dual.abs() / most, "amax"))
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
@@ -178,7 +176,7 @@ class RowGroups(AbstractPenalty):
     def scaled(self, scale: Tensor) -> "RowGroups":
         if len(self.groups) > 1:
             return replace(self, strength=self.strength / scale[:1], l1=self.l1 / scale)
-        strength = self._like(self.strength, scale).expand(1, int(self.groups.max()) + 1)[0]
+        strength = like(self.strength, scale).expand(1, int(self.groups.max()) + 1)[0]
         labels = self.groups[0].to(scale.device)
         of_group = torch.ones_like(strength).scatter(0, labels, scale)  # the scale is one number in each group
         return replace(self, strength=strength / of_group, l1=self.l1 / scale)
@@ -188,8 +186,8 @@ class RowGroups(AbstractPenalty):
             raise ProblemError(
                 f"`groups` is {list(self.groups.shape)}; a weight {list(shape)} has a group for each column or entry."
             )
-        if isinstance(self.l1, Tensor) and not broadcasts(self.l1.shape, shape):
-            raise ProblemError(f"`l1` is {list(self.l1.shape)}, which does not broadcast to {list(shape)}.")
+        if isinstance(self.l1, Tensor):
+            require_broadcast("`l1`", self.l1, shape)
 
     def _labels(self, weight: Tensor) -> Tensor:
         return self.groups.to(weight.device).expand_as(weight)
@@ -205,7 +203,4 @@ class RowGroups(AbstractPenalty):
         return values.expand(len(weight), -1).gather(1, self._labels(weight))
 
     def _soft(self, weight: Tensor, step: float | Tensor) -> Tensor:
-        return weight - weight.clamp(-(limit := step * self._like(self.l1, weight)), limit)
-
-    def _like(self, value: float | Tensor, tensor: Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)
+        return weight - weight.clamp(-(limit := step * like(self.l1, weight)), limit)

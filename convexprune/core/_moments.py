@@ -1,6 +1,5 @@
 """The streaming calibration accumulator: tokens go in, second moments stay."""
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -84,9 +83,6 @@ class Moments:
         dtype: of accumulation, float32 or float64.
         device: of accumulation.
         outputs: m, if errors are of the outputs of a weight [m n] (see `ErrorMoments`).
-
-    Raises:
-        ProblemError: the width is negative, or the dtype is neither float32 nor float64.
     """
 
     def __init__(
@@ -106,7 +102,7 @@ class Moments:
     @property
     def width(self) -> int:
         """n, the number of inputs of the operator."""
-        return self.sum.shape[0]
+        return len(self.sum)
 
     @torch.no_grad()
     def add(self, pruned: Tensor, dense: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -140,11 +136,7 @@ class Moments:
 
     @property
     def gram(self) -> Tensor:
-        """Mean of x* x*' [n n]; SparseGPT and GPTQ call twice this matrix the Hessian.
-
-        Raises:
-            ProblemError: no token was seen.
-        """
+        """Mean of x* x*' [n n] over one token or more; SparseGPT and GPTQ call twice this matrix the Hessian."""
         self._require_tokens()
         return from_upper(self.sum / self.tokens)
 
@@ -163,8 +155,7 @@ class Moments:
 
     def is_finite(self) -> bool:
         """Return True if all inputs were finite."""
-        own = bool(self.sum.diagonal().isfinite().all())
-        return own and (self.errors is None or self.errors.is_finite())
+        return bool(self.sum.diagonal().isfinite().all()) and (self.errors is None or self.errors.is_finite())
 
     def energy(self, weight: Tensor, gram: Tensor | None = None) -> Tensor:
         """Return mean |W x|^2 by row [m], or with errors of outputs mean |W x* + d|^2: the unit of relative errors.
@@ -182,9 +173,7 @@ class Moments:
             energy = energy + (2 * torch.linalg.vecdot(cross, weight.to(cross)) + change) / self.tokens
         return energy
 
-    def reconstruction(
-        self, weight: Tensor, alpha: float = 1.0, *, correction: float | None = None, gram: Tensor | None = None
-    ) -> Quadratic:
+    def reconstruction(self, weight: Tensor, alpha: float = 1.0, *, gram: Tensor | None = None) -> Quadratic:
         """Return the layer-wise reconstruction error 1/2 mean |V x* - W (x* + alpha (x - x*))|^2, a quadratic of V.
 
         With alpha = 1 the target is the dense operator on the dense input, the error correction of FISTAPruner (arXiv
@@ -193,18 +182,11 @@ class Moments:
         Args:
             weight: W [m n], which is also the anchor.
             alpha: share of the error to correct, in [0, 1].
-            correction: former name of `alpha`.
             gram: `gram`, if at hand.
 
         Returns:
             The quadratic of V [m n].
-
-        Raises:
-            ProblemError: no token was seen.
         """
-        if correction is not None:
-            warnings.warn("`correction` is now called `alpha`.", DeprecationWarning, stacklevel=2)
-            alpha = correction
         weight = weight.to(self.sum)
         gram = self.gram if gram is None else gram
         if self.errors is None or alpha == 0:

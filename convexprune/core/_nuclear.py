@@ -18,9 +18,6 @@ class NuclearNorm(AbstractPenalty):
 
     Args:
         strength: not negative.
-
-    Raises:
-        ProblemError: the strength is no number, negative or not finite.
     """
 
     couples_rows = True
@@ -59,9 +56,6 @@ class Blocks(AbstractPenalty):
 
     Args:
         parts: penalties, and the number of columns of each.
-
-    Raises:
-        ProblemError: no penalty, or a block without columns.
     """
 
     parts: tuple[tuple[AbstractPenalty, int], ...]
@@ -98,10 +92,8 @@ class Blocks(AbstractPenalty):
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
         each = zip(self._each(weight), self._split(dual), strict=True)
-        found = [p.subgradient(w, s) for (p, w), s in each]
-        return (
-            None if any(part is None for part in found) else torch.cat([part for part in found if part is not None], 1)
-        )
+        found = [part for (p, w), s in each if (part := p.subgradient(w, s)) is not None]
+        return torch.cat(found, 1) if len(found) == len(self.parts) else None
 
     def units(self, scale: Tensor) -> Tensor:
         return torch.cat([p.units(s) for (p, _), s in zip(self.parts, self._split(scale), strict=True)], -1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune._device.kernels import fused, number_like
-from convexprune.core._abstract_penalty import AbstractPenalty, Elementwise, checked_strength, require_step
+from convexprune.core._abstract_penalty import AbstractPenalty, Elementwise, checked_strength, like, require_step
 from convexprune.core._arrays import as_tensor
 from convexprune.errors import ProblemError
 
@@ -22,10 +22,7 @@ class L1(Elementwise):
 
     Args:
         strength: not negative, of a shape that broadcasts to [m n]. Zero leaves an entry free, inf makes it zero.
-        checked: whether to check the strengths. False is for those made in a loop, where the check stops a GPU.
-
-    Raises:
-        ProblemError: a strength is negative or NaN.
+        checked: check the strengths. False is for strengths made in a loop, where the check stops a GPU.
     """
 
     priced = ("strength",)
@@ -52,29 +49,27 @@ class L1(Elementwise):
     def _shrunk(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
         require_step(step)
         step = step or torch.finfo(weight.dtype).tiny  # an infinite strength makes zeros at any step
-        return _shrink(weight, self._like(weight), number_like(step, weight), out)
+        return _shrink(weight, like(self.strength, weight), number_like(step, weight), out)
 
     def forward_backward(self, weight: Tensor, residual: Tensor, step: float) -> Tensor:
         require_step(step)
-        return _shrink_ahead(weight, residual, self._like(weight), number_like(step, weight))
+        return _shrink_ahead(weight, residual, like(self.strength, weight), number_like(step, weight))
 
     def project(self, dual: Tensor) -> Tensor:
         """The nearest point of the box |S_ij| <= strength_ij."""
-        return torch.clamp(dual, -self._like(dual), self._like(dual))
+        strength = like(self.strength, dual)
+        return torch.clamp(dual, -strength, strength)
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
         """strength sign(V) where V is not zero, else the dual point clipped to the box."""
-        return torch.where(weight != 0, self._like(dual) * weight.sign(), self.project(dual))
+        return torch.where(weight != 0, like(self.strength, dual) * weight.sign(), self.project(dual))
 
     def dual_scale(self, dual: Tensor) -> Tensor:
-        ratio = self._like(dual) / dual.abs()
+        ratio = like(self.strength, dual) / dual.abs()
         return ratio.nan_to_num_(nan=inf, posinf=inf).amin(1)  # 0 / 0: no factor is too large
 
     def scaled(self, scale: Tensor) -> "L1":
         return L1(self.strength / scale, checked=False)
-
-    def _like(self, tensor: Tensor) -> Tensor:
-        return torch.as_tensor(self.strength, dtype=tensor.dtype, device=tensor.device)
 
 
 def _soft(weight: Tensor, strength: Tensor, step: Tensor, out: Tensor | None) -> Tensor:
@@ -94,11 +89,7 @@ def _shrink_ahead(weight: Tensor, residual: Tensor, strength: Tensor, step: Tens
 
 @dataclass(frozen=True, eq=False)
 class Support(Elementwise):
-    """Infinite for a non-zero outside `mask` [m n], else zero: values are free, places are fixed.
-
-    Raises:
-        ProblemError: the mask is not boolean.
-    """
+    """Infinite for a non-zero outside the boolean `mask` [m n], else zero: values are free, places are fixed."""
 
     mask: Tensor
 

@@ -30,9 +30,6 @@ class Problem:
     Args:
         quadratic: q.
         penalty: p, of weights of the same shape.
-
-    Raises:
-        ProblemError: the arguments are no quadratic and penalty of weights of a common shape.
     """
 
     quadratic: Quadratic

@@ -36,9 +36,6 @@ class Quadratic(SumOfSquares):
         checked: check cheaply that the tensors can be those of a sum of squares; a certificate checks it in full. False
             is for tensors that were computed from tokens or from a quadratic, because the check stops a GPU.
         data: the kind of arrays that `convexprune.solve` answers in; None is that of `cross`.
-
-    Raises:
-        ProblemError: the shapes or dtypes do not fit, or the tensors are those of no sum of squares.
     """
 
     @classmethod
@@ -54,9 +51,6 @@ class Quadratic(SumOfSquares):
 
         Returns:
             The quadratic of V [m n].
-
-        Raises:
-            ProblemError: no tokens, values that are not finite, or shapes or dtypes that do not fit.
         """
         gram, cross, energy, about, data = second_moments(inputs, targets, anchor, intercept)
         return cls(gram, cross, energy, about, data=data, checked=False)

@@ -19,9 +19,6 @@ class ReverseHuber(Elementwise):
 
     the largest convex function below B V^2 / 2 + mu [V != 0], with `curvature` B positive and `price` mu non-negative,
     both of a shape that broadcasts to [m n] (Dong, Chen and Linderoth 2015, arXiv 1510.06083).
-
-    Raises:
-        ProblemError: a curvature is not positive, a price is negative, or a value is not finite.
     """
 
     priced = ("curvature", "price")

@@ -44,7 +44,7 @@ class SideBySide(Quadratic):
         return [slice(first, first + height) for first in range(0, len(self.cross), height)]
 
     @cached_property
-    def blocks(self) -> list[Quadratic]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def blocks(self) -> list[Quadratic]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the quadratic of every weight, with shared tensors."""
         inner, stiffness = self._cache.envelope_of or (None, 0.0)
         blocks = []

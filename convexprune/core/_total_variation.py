@@ -6,7 +6,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from convexprune.core._abstract_penalty import FINITE, AbstractPenalty, checked_strength, require_step
+from convexprune.core._abstract_penalty import FINITE, AbstractPenalty, checked_strength, like, require_step
 from convexprune.errors import ProblemError
 
 ITERATIONS = 1000  # of Newton's method on the jumps: a few tens are made
@@ -22,9 +22,6 @@ class TotalVariation(AbstractPenalty):
     Args:
         strength: not negative, a number or one for each row [m 1].
         l1: not negative, a number or one for each row [m 1].
-
-    Raises:
-        ProblemError: a strength is negative or not finite.
     """
 
     priced = ("strength", "l1")
@@ -76,7 +73,7 @@ class TotalVariation(AbstractPenalty):
         return replace(self, strength=self.strength / one, l1=self.l1 / one)
 
     def _like(self, tensor: Tensor) -> list[Tensor]:
-        return [torch.as_tensor(each, dtype=tensor.dtype, device=tensor.device) for each in (self.strength, self.l1)]
+        return [like(self.strength, tensor), like(self.l1, tensor)]
 
 
 def _flattened(target: Tensor, strength: Tensor) -> Tensor:

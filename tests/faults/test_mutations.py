@@ -128,7 +128,7 @@ FAULTS = (
     Fault("a gap of coupled rows, each with a dual point of its own", problem.row_gaps,
           "_least_sum if penalty.couples_rows else torch.minimum", "torch.minimum",
           test_group_lasso.test_all_rows_have_one_dual_point),
-    Fault("a block shrinkage with the step forgotten", GroupLasso._shrinkage, "step * self", "self",
+    Fault("a block shrinkage with the step forgotten", GroupLasso._shrinkage, "step * like", "like",
           test_group_lasso.test_the_prox_is_where_the_slope_vanishes),
     Fault("columns that go by their size alone", osscar.backward, "diagonal_blocks(inverse, block)",
           "torch.eye(block, dtype=gram.dtype).expand(len(kept), block, block)",

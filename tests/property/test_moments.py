@@ -261,10 +261,3 @@ def test_moments_of_outputs_take_less_room_where_they_are_few():
 def test_moments_of_fewer_than_no_inputs_or_in_16_bits_are_refused(width, dtype):
     with pytest.raises(ProblemError, match="float32 or float64"):
         Moments(width, dtype)
-
-
-def test_the_old_name_of_alpha_still_works():
-    layer = make_layer("full rank", 2, 3, 4, 0)
-    with pytest.warns(DeprecationWarning, match="alpha"):
-        old = layer.moments.reconstruction(layer.weight, correction=0.5)
-    torch.testing.assert_close(old.cross, layer.moments.reconstruction(layer.weight, 0.5).cross)
