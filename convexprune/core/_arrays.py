@@ -68,8 +68,8 @@ def second_moments(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, DataFormat]:
     """Return gram, cross, energy and anchor of the mean squared error, and the form of the data."""
     sparse = inputs.tocsr().astype(np.result_type(inputs.dtype, np.float32)) if hasattr(inputs, "tocsr") else None
-    x = as_floats("inputs", inputs if sparse is None else sparse.data)
-    y = as_floats("targets", targets)
+    x = as_floats("inputs", inputs if sparse is None else sparse.data).detach()
+    y = as_floats("targets", targets).detach()
     data = DataFormat.of(targets)
     y = y[:, None] if y.ndim == 1 else y
     shape = x.shape if sparse is None else sparse.shape
@@ -80,8 +80,6 @@ def second_moments(
         )
     if x.dtype not in DTYPES or x.dtype != y.dtype:
         raise ProblemError(f"Inputs are {x.dtype}, targets {y.dtype}; both must be float32, or both float64.")
-    if not bool(x.isfinite().all() & y.isfinite().all()):
-        raise ProblemError("Inputs or targets hold a value that is NaN or infinite.")
     about = None
     if anchor is not None:
         about = as_tensor("anchor", anchor).reshape(y.shape[1], shape[1]).to(y)
@@ -91,15 +89,33 @@ def second_moments(
     if sparse is None:
         mean = x.mean(0) if intercept else torch.zeros_like(x[0])
         x = x - mean if intercept else x
-        gram, cross = x.T @ x / len(y), y.T @ x / len(y)
+        gram, cross = _square(x).div_(len(y)), (y.T @ x).div_(len(y))
     else:  # sparse inputs stay so: y is centred already
         mean = torch.from_numpy(np.asarray(sparse.mean(0)).ravel()).to(y) * intercept
         gram = torch.from_numpy((sparse.T @ sparse).toarray()) / len(y) - torch.outer(mean, mean)
+        gram = (gram + gram.T) / 2
         cross = torch.from_numpy(np.ascontiguousarray((sparse.T @ y.numpy()).T)) / len(y)
+    energy = y.square().sum(0) / len(y)
+    if not bool(gram.diagonal().isfinite().all() & energy.isfinite().all()):
+        bad = "whose square is too large for their dtype" if _finite(x, targets) else "that is NaN or infinite"
+        raise ProblemError(f"Inputs or targets hold a value {bad}.")
     if intercept:
         middle = middle if about is None else middle + about @ mean
         data = DataFormat(data.numpy, data.flat, (mean, middle))
-    return (gram + gram.T) / 2, cross, y.square().sum(0) / len(y), about, data
+    return gram, cross, energy, about, data
+
+
+def _square(x: Tensor) -> Tensor:
+    """Return X' X [n n]: NumPy computes a triangle alone."""
+    if x.device.type == "cpu":
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(x.numpy().T @ x.numpy())
+    gram = x.T @ x
+    return (gram + gram.T) / 2
+
+
+def _finite(inputs: Tensor, targets: Any) -> bool:
+    return bool(inputs.isfinite().all() & as_floats("targets", targets).isfinite().all())
 
 
 class Shown:

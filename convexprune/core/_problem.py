@@ -146,7 +146,8 @@ def row_gaps(
                      domain anyway)
         subgradient  S in dp(V) nearest to K, with the same c: nothing else is left, so that it falls with the square of
                      the distance to the optimum, where clipping falls with the distance. Where a penalty knows none,
-                     V + K - U at U = prox(V + K) is one at U, and p(V) - p(U) - <S, V - U> is left
+                     K + (V - U) / t at U = prox(V + t K) is one at U, and p(V) - p(U) - <S, V - U> is left. With
+                     t = 1 / max H_jj it is as large as K: V alone may be 1e12 times as large
 
     On a support the second and the third are one. All terms are non-negative sums, so nothing cancels near the optimum.
     What the energy's own rounding hides is added. Where H is not definite, or next to it, the scaling alone is left, or
@@ -172,8 +173,9 @@ def row_gaps(
     if dual is not None:
         gaps = least(gaps, quadratic.inverse_form(residual - dual))
     elif not isinstance(penalty, Elementwise):  # of a sum over entries that is the clipping
-        ahead = penalty.forward_backward(weight, residual, 1.0)
-        dual = weight + residual - ahead
+        step = 1 / float(quadratic.scale().amax()) ** 2
+        ahead = penalty.forward_backward(weight, residual, step)
+        dual = residual + (weight - ahead) / step
         rest = slack - penalty.values(ahead) - torch.linalg.vecdot(dual, weight - ahead)
         rest = rest.mean().expand_as(rest) if penalty.couples_rows else rest
         gaps = least(gaps, quadratic.inverse_form(residual - dual) + rest.clamp_min(0))

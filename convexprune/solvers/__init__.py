@@ -20,6 +20,7 @@ _PLACES = {
     "cvxpy": ("_cvxpy", "CVXPY"),
     "fista": ("_fista", "FISTA"),
     "scipy": ("_scipy", "SciPy"),
+    "sklearn": ("_sklearn", "ScikitLearn"),
     "working-set": ("_working_set", "WorkingSet"),
 }
 

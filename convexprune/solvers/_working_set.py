@@ -93,6 +93,13 @@ class WorkingSet(AbstractSolver):
         return Status.ITERATION_LIMIT, number, number
 
 
+def prices(penalty: AbstractPenalty, like: Tensor) -> list[Tensor]:
+    """Return the strength, ridge, lower and upper bound of each entry [m n]."""
+    assert isinstance(penalty, L1 | ElasticNet)
+    rest = (0.0, -inf, inf) if isinstance(penalty, L1) else (penalty.ridge, penalty.lower, penalty.upper)
+    return [torch.as_tensor(price).to(like).expand_as(like) for price in (penalty.strength, *rest)]
+
+
 class Rows(NamedTuple):
     """The unfinished rows at `places`: the problem about zero for a unit diagonal, and over `size` for a unit energy.
 
@@ -115,12 +122,7 @@ class Rows(NamedTuple):
     def of(cls, problem: Problem, weight: Tensor) -> Self:
         quadratic, unit = problem.quadratic.unit_free
         quadratic, penalty = quadratic.at(None), problem.penalty.to(torch.float64).scaled(unit)
-        if isinstance(penalty, L1):
-            prices = penalty.strength, 0.0, -inf, inf
-        else:
-            assert isinstance(penalty, ElasticNet)
-            prices = penalty.strength, penalty.ridge, penalty.lower, penalty.upper
-        each = [torch.as_tensor(price).to(weight).expand_as(weight) for price in prices]
+        each = prices(penalty, weight)
         places, residual = torch.arange(len(weight), device=weight.device), quadratic.residual(weight)
         size = torch.where(quadratic.energy > 0, quadratic.energy, 1.0).sqrt()[:, None]
         cross, weight, residual = (tensor / size for tensor in (quadratic.cross, weight, residual))

@@ -22,6 +22,7 @@ TABLE = {
     "working-set": ({"tolerance": 1e-10}, L1S),
     "cvxpy": ({"engine": "CLARABEL"}, PENALTIES),
     "scipy": ({}, PENALTIES),
+    "sklearn": ({"tolerance": 1e-10}, ("L1",)),
     "cg": ({"tolerance": 1e-10, "max_iterations": 200}, ("Support",)),
 }
 # Entries of strength zero put the solution of a singular problem far away, beyond what first-order methods walk.

@@ -1,5 +1,6 @@
 """Working sets, the choice of a solver, and paths: the answers are those of the slower solvers."""
 
+import sys
 from math import inf
 
 import pytest
@@ -22,7 +23,7 @@ from convexprune import (
     path,
     solve,
 )
-from convexprune.errors import ProblemError
+from convexprune.errors import ProblemError, UnsupportedError
 from convexprune.problems import check_penalty
 
 EXACT = make_solver("admm", tolerance=1e-10, max_iterations=50_000)
@@ -53,6 +54,32 @@ def test_every_form_of_price_is_solved_to_ten_digits(kind, seed, share, form):
     assert ours.certificate.primal <= slow.certificate.primal * (1 + 1e-9) + 1e-14 * float(quadratic.energy.sum())
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(KINDS), seeds, st.sampled_from((0.3, 0.03, 0.003)), st.booleans(), st.booleans())
+def test_coordinate_descent_of_scikit_learn_is_of_the_same_problem(kind, seed, share, positive, ridge):
+    quadratic, largest = drawn(kind, seed)
+    strength = share * largest * quadratic.scale() * (1 + random(seed + 9, 5, 1).abs())
+    penalty = ElasticNet(strength, 0.3 * strength**2 / largest**2 * ridge, 0.0 if positive else -inf)
+    problem = Problem(quadratic, penalty)
+    fine = make_solver("sklearn", tolerance=1e-9, max_iterations=100_000)
+    solution, slow = fine.solve(problem), EXACT.solve(problem)
+    assert solution.certificate.primal <= slow.certificate.primal * (1 + 1e-8) + 1e-13 * quadratic.target_energy
+    again = make_solver("sklearn", tolerance=1e-6).solve(problem, solution.weight)
+    assert again.iterations <= solution.iterations
+
+
+def test_scikit_learn_says_what_it_does_not_take():
+    quadratic, _ = drawn("full rank", 0)
+    ridges = torch.tensor([1.0, 2.0] * 4, dtype=torch.float64)
+    for penalty in (
+        L1(0.0), L1(ridges.masked_fill(ridges > 1, inf)), ElasticNet(0.1, ridges), ElasticNet(0.1, upper=1),
+        ElasticNet(0.1, lower=-ridges),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedError, match="`working-set` takes all"):
+            solve(Problem(quadratic, penalty), "sklearn")
+        assert solve(Problem(quadratic, penalty)).status is Status.SOLVED
+
+
 def test_a_start_is_used_and_finished_rows_leave():
     quadratic, largest = drawn("full rank", 1, 20, 60)
     problem = Problem(quadratic, L1(0.05 * largest * quadratic.scale()))
@@ -65,11 +92,17 @@ def test_a_start_is_used_and_finished_rows_leave():
         assert solver.solve(nearby, cold.weight).iterations < share * solver.solve(nearby).iterations
 
 
-def test_the_choice_is_by_penalty_and_by_zeros_and_says_why():
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_choice_is_by_penalty_and_by_zeros_and_says_why(loaded: bool, monkeypatch: pytest.MonkeyPatch):
+    make_solver("sklearn")  # loads it
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", sys.modules["sklearn.linear_model"])
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "sklearn.linear_model")
     quadratic, largest = drawn("full rank", 2, 40, 60)
     scale = quadratic.scale()
     chosen = {
-        "working-set: few": L1(0.3 * largest * scale),
+        "sklearn: few" if loaded else "working-set: few": L1(0.3 * largest * scale),
+        "working-set: few weights": ElasticNet(0.3 * largest * scale, upper=10 / scale),
         "admm: many": L1(1e-4 * largest * scale),
         "admm: the penalty is GroupLasso": GroupLasso(0.3 * largest),
         "cg": Support(random(0, 40, 60) > 0),
