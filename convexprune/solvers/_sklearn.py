@@ -24,7 +24,7 @@ REFUSED = (
     "weights that are free or not negative. `working-set` takes all."
 )
 SAMPLE = 4  # rows
-SMALLEST = 1e-12  # share of the tolerance, which is in units of the energy
+FIRST, SMALLEST = 0.03, 1e-12  # shares of the tolerance, which scikit-learn has in units of the energy
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ScikitLearn(AbstractSolver):
         began = time.perf_counter()
         q = problem.quadratic.double.at(None)
         strengths, ridges, lower, upper = (each.cpu().numpy() for each in prices(problem.penalty, q.cross))
-        closed = np.isin(lower, (0, -inf)) & (lower == lower[:, :1]) & (upper == inf)
+        closed = ((lower == 0) | (lower == -inf)) & (lower == lower[:, :1]) & (upper == inf)
         if not (closed & (strengths > 0) & (strengths < inf)).all():
             raise UnsupportedError(REFUSED)
         weight, most = np.zeros(problem.shape), 0
@@ -96,7 +96,7 @@ class _Row(NamedTuple):
         """Return the answer and the number of passes; the start is the answer where rounding makes H indefinite."""
         total = self.price + self.ridge
         inputs, target = np.zeros((1, len(start)), order="F"), np.array([self.energy**0.5])
-        made, share = 0, 1.0
+        made, share = 0, FIRST
         while made < passes:
             _, path, gaps, numbers = enet_path(
                 inputs, target, l1_ratio=self.price / total, alphas=[total], precompute=self.gram, Xy=self.cross,
