@@ -8,7 +8,7 @@ from ._data.sources import check_dataset
 from ._discovery.family import TESTED
 from ._huggingface import HuggingFaceModel
 from ._loading.loading import EMBEDDED, EMBEDDED_WINDOW, bundled_if_none, load, reopen
-from ._saving.saving import save, save_from_store
+from ._saving import save, save_from_store
 
 __all__ = [
     "BUNDLED",

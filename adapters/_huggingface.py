@@ -17,8 +17,7 @@ from ._checkpoints.origin import Origin, OriginalState, origin_of_loaded, used_a
 from ._checkpoints.shards import Shards
 from ._discovery.discovery import discover
 from ._discovery.family import decoder_layers, positions
-from ._discovery.layout import Layout
-from ._discovery.operators import computes_on, put, tensor_of
+from ._discovery.operators import Layout, computes_on, put, tensor_of
 from ._discovery.passes import CallRecorder, entering, logits_at, pieces, standing_in
 from ._discovery.probing import ProbedModel, of_each_kind, refuse_looking_ahead, refuse_other_replays
 from ._discovery.selection import left_alone

@@ -21,9 +21,8 @@ from convexprune._progress.shown import visible
 from convexprune._schema.functions import EVALUATE, Evaluate
 from convexprune._schema.parameters import documented
 from convexprune.adapters import HuggingFaceModel, bundled_if_none, load, text_windows
-from convexprune.adapters._data.corpora import CORPORA, datasets_package, hub_text
+from convexprune.adapters._data.documents import CORPORA, TEXT_FILES, check_text, datasets_package, hub_text
 from convexprune.adapters._data.likelihood import divergence
-from convexprune.adapters._data.text_files import TEXT_FILES, check_text
 from convexprune.adapters._discovery.passes import logits_in_pieces
 from convexprune.errors import CalibrationError, ModelError, RecipeError, unknown
 from convexprune.report import finite

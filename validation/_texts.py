@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
-from convexprune.adapters._data.text_files import TEXT_FILES, read_text
+from convexprune.adapters._data.documents import TEXT_FILES, read_text
 from convexprune.errors import CalibrationError, unknown
 
 STATEMENTS = ast.stmt | ast.excepthandler | ast.match_case  # what a definition stands in

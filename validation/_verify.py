@@ -22,9 +22,9 @@ from convexprune._progress.shown import visible
 from convexprune._schema.functions import VERIFY
 from convexprune._schema.parameters import documented
 from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._allocating import token_weights
 from convexprune.adapters._discovery.selection import matcher
-from convexprune.adapters._saving.written import miscounted
-from convexprune.adapters._token_weights import token_weights
+from convexprune.adapters._saving import miscounted
 from convexprune.constraints import parse_pattern
 from convexprune.core._bound import LowerBound
 from convexprune.errors import RecipeError, unknown

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from convexprune._layerwise.capture import stage_inputs
 from convexprune._layerwise.model import AbstractOperator, Call, DecoderLayer, Group
 
-from .._discovery.layout import canonical_name
-from .._discovery.operators import ParameterOperator
+from .._discovery.operators import ParameterOperator, canonical_name
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
 

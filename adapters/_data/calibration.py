@@ -12,11 +12,10 @@ from convexprune.errors import CalibrationError
 from convexprune.recipe import Recipe
 
 from .._huggingface import HuggingFaceModel
-from .corpora import Split
+from .documents import TEXT_FILES, Documents, Split, read_documents
 from .rows import ACCEPTED, ids_as_tensor, read_rows, refuse_uninformative
 from .sampling import sampled_windows
 from .sources import Part, apportioned, documents_of, interleaved, parts_of
-from .text_files import TEXT_FILES, Documents, read_documents
 
 DEFAULT_LENGTH = 2048
 EVALUATION_WINDOW = 1024

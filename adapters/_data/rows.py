@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convexprune.errors import CalibrationError, shown
 
-from .corpora import CORPORA
+from .documents import CORPORA
 
 ACCEPTED = (
     '"self" (text sampled from the model), '

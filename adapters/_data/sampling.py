@@ -11,7 +11,7 @@ from convexprune._progress import Step, begin
 from convexprune.errors import CalibrationError
 
 from .._huggingface import HuggingFaceModel
-from .corpora import Split
+from .documents import Split
 
 SampleSplit = Split | Literal["held-out"]
 

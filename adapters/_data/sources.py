@@ -10,9 +10,8 @@ from torch import Tensor
 
 from convexprune.errors import CalibrationError, shown, unknown
 
-from .corpora import CORPORA, Split, datasets_package, hub_documents
+from .documents import CORPORA, Documents, Split, check_text, datasets_package, hub_documents, is_file, read_documents
 from .rows import ACCEPTED
-from .text_files import Documents, check_text, is_file, read_documents
 
 LONGEST = 1000  # characters of names with shares; a longer text is one, and is refused with what to do
 

@@ -19,8 +19,17 @@ from transformers.pytorch_utils import Conv1D
 from convexprune._layerwise.model import Call
 
 from .experts import FusedExperts, Product, fused_parameters
-from .layout import ExpertFamily, GroupSpec, Layout, canonical_name
-from .operators import LINEAR_MODULES, UNKNOWN, ParameterOperator, Place, held
+from .operators import (
+    LINEAR_MODULES,
+    UNKNOWN,
+    ExpertFamily,
+    GroupSpec,
+    Layout,
+    ParameterOperator,
+    Place,
+    canonical_name,
+    held,
+)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerCalls, LayerWalk
 from convexprune.errors import ModelError
 
-from .layout import signature
+from .operators import signature
 
 T = TypeVar("T")
 

@@ -16,8 +16,7 @@ from convexprune._schema.settings import Rule
 from convexprune.errors import ModelError, RecipeError, unknown
 from convexprune.recipe import Recipe
 
-from .layout import Layout
-from .operators import LINEAR_MODULES, UNKNOWN
+from .operators import LINEAR_MODULES, UNKNOWN, Layout
 
 PATIENCE = 10.0  # seconds for all names that a regular expression is matched with
 LONGEST = 1000  # characters of a regular expression, and repetitions that its counts make

@@ -17,7 +17,7 @@ from convexprune.pruners import Score
 
 from .._channels.channels import close
 from .._discovery.experts import fused_parameters
-from .._discovery.layout import signature
+from .._discovery.operators import signature
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
 from .base import REFUSALS, AbstractRemoval, Cut, Making, Place, built, candidates, set_at, settings_of

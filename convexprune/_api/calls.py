@@ -32,7 +32,7 @@ from convexprune.adapters._channels.permuting import find_permutation
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._data.sources import needs_sampling
 from convexprune.adapters._inspection.inspection import Inspection
-from convexprune.adapters._saving.saving import save_permuted
+from convexprune.adapters._saving import save_permuted
 from convexprune.errors import PatternError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.solvers import AbstractSolver

@@ -33,8 +33,7 @@ from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
 from convexprune.adapters._inspection.inspection import Inspection, inspect
 from convexprune.adapters._inspection.outline import device_bytes
 from convexprune.adapters._loading.packed import load as load_packed
-from convexprune.adapters._saving.saving import pruned_entries
-from convexprune.adapters._saving.written import require_written
+from convexprune.adapters._saving import pruned_entries, require_written
 from convexprune.report import Report
 from convexprune.validation import streamed_evaluation
 

@@ -34,7 +34,7 @@ from convexprune._recipe_file import given
 from convexprune._runs.executors import check_patterns
 from convexprune._schema.functions import Call
 from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, given_tokenizer, load
-from convexprune.adapters._allocating import allocate
+from convexprune.adapters._allocating import allocate, token_weights
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.model_folder import said_of_base
 from convexprune.adapters._data.sources import needs_sampling
@@ -43,7 +43,6 @@ from convexprune.adapters._gguf import TypeChoice, on_grid
 from convexprune.adapters._inspection.outline import what_needs_less
 from convexprune.adapters._removal import find_removal
 from convexprune.adapters._removal.base import AbstractRemoval
-from convexprune.adapters._token_weights import token_weights
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import GGUF, Recipe, make_recipe
 from convexprune.report import OnOperator, Report

@@ -16,8 +16,8 @@ from convexprune.adapters import (
     text_windows,
     window_length,
 )
+from convexprune.adapters._data.documents import TEXT_FILES, check_text
 from convexprune.adapters._data.sources import addressed, needs_sampling, parts_of
-from convexprune.adapters._data.text_files import TEXT_FILES, check_text
 from convexprune.errors import CalibrationError
 from convexprune.recipe import Recipe
 

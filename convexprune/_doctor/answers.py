@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convexprune._device.kernels import eager_because
-from convexprune._device.parts import Parts, error_of_parts, product_of_parts
+from convexprune._device.precision import Parts, error_of_parts, product_of_parts
 from convexprune._device.switches import restored
 from convexprune.constraints import Columns, Constraint, SemiStructured, Unstructured
 from convexprune.core import Moments

@@ -15,7 +15,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from convexprune._device.parts import Parts, error_of_parts, product_of_parts
+from convexprune._device.precision import Parts, error_of_parts, product_of_parts
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._symmetric import cholesky, rounding_margin
 

@@ -17,7 +17,7 @@ from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._gradients import Fisher, loss_fisher
 from convexprune.adapters._removal.base import AbstractRemoval, Cut
 from convexprune.adapters._removal.narrowing import Narrowing, find_narrowing
-from convexprune.adapters._saving.written import require_written
+from convexprune.adapters._saving import require_written
 from convexprune.constraints import Channels, Constraint
 from convexprune.errors import ModelError, OutputError, PatternError, RecipeError
 from convexprune.recipe import make_recipe

@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_nothing(build: Callable[[str], Any], tmp_path: Path,
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("convexprune.adapters._saving.saving.write_json", full)
+    monkeypatch.setattr("convexprune.adapters._saving.write_json", full)
     with pytest.raises(OutputError, match="No space left"):
         convexprune.permute(build("llama"), output_dir=tmp_path / "permuted", **SMALL)
     assert not list(tmp_path.iterdir())

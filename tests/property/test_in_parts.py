@@ -10,9 +10,8 @@ from strategies import random, seeds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convexprune._device import capabilities, parts, precision
-from convexprune._device.parts import Parts, error_of_parts, product_of_parts
-from convexprune._device.precision import certifies_in_parts, certifying_in
+from convexprune._device import capabilities, precision
+from convexprune._device.precision import Parts, certifies_in_parts, certifying_in, error_of_parts, product_of_parts
 from convexprune.core import _in_parts as in_parts
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Certificate, Problem, certify
@@ -38,7 +37,7 @@ def exact(a: Tensor, b: Tensor) -> list[list[Fraction]]:
 def test_a_product_of_parts_is_as_near_as_its_bound(seed: int, m: int, n: int, count: int, unit: float):
     a, b = unit * random(seed, m, n), random(seed + 1, n, 2) * torch.tensor([1.0, 1e-6], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "LINES", 4)
+        patch.setattr(precision, "LINES", 4)
         left, right = Parts.of(a, count, 1), Parts.of(b, count, 0)
         found, bound = product_of_parts(left, right, count), error_of_parts(left, right, count)
     for i, row in enumerate(exact(a, b)):

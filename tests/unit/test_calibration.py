@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from convexprune._progress import followed_by
 from convexprune.adapters import HuggingFaceModel, calibration_and_held_out, text_windows
-from convexprune.adapters._data.text_files import read_text
+from convexprune.adapters._data.documents import read_text
 from convexprune.errors import CalibrationError
 
 STREAM = torch.arange(4000)  # every token once, so that windows which overlap would repeat one

@@ -9,7 +9,7 @@ import pytest
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel, calibration_and_held_out, check_dataset
-from convexprune.adapters._data.text_files import read_documents, read_text
+from convexprune.adapters._data.documents import read_documents, read_text
 from convexprune.errors import CalibrationError
 from convexprune.validation import verify
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._device import kernels as room
-from convexprune._doctor import answers, runs
+from convexprune._doctor import answers, checkup
 from convexprune._doctor.answers import Sizes
 from convexprune._doctor.checkup import doctor
 from convexprune._schema.functions import CHECKS
@@ -27,7 +27,7 @@ TINY = Sizes("cpu", hidden=32, length=32)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sizes, "on", lambda device: TINY)
     forking = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))  # starts at once
-    monkeypatch.setattr(runs, "multiprocessing", forking)
+    monkeypatch.setattr(checkup, "multiprocessing", forking)
 
 
 def test_a_cpu_is_well():
@@ -43,14 +43,14 @@ def test_a_cpu_is_well():
 
 def test_a_gpu_has_its_compiler_its_memory_and_a_pool_checked():
     sizes = replace(TINY, device="cuda")
-    checks = [*answers.checks_of_answers(sizes), *runs.checks_of_runs(sizes, Path())]
+    checks = [*answers.checks_of_answers(sizes), *checkup.checks_of_runs(sizes, Path())]
     assert {check.case for check in checks} >= {"compiler", "memory", "a pool, the same bits"}
 
 
 def test_the_memory_of_a_run_is_compared_with_the_forecast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    model = runs.TwoLayers(TINY, tmp_path)
+    model = checkup.TwoLayers(TINY, tmp_path)
     for factor, passed in ((1, True), (20, False)):
-        monkeypatch.setattr(runs, "inspect", lambda *_, **__: SimpleNamespace(needed=1 << 30))
+        monkeypatch.setattr(checkup, "inspect", lambda *_, **__: SimpleNamespace(needed=1 << 30))
         model.__dict__["report"] = SimpleNamespace(memory={"gpu": factor << 30})
         assert model.memory().passed is passed
 
@@ -80,8 +80,8 @@ def test_a_zero_too_many_and_a_wrong_error_are_found(monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_of_other_bits_and_a_run_that_ends_otherwise_are_found(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runs, "prune", lambda **_: SimpleNamespace(report=None))
-    monkeypatch.setattr(runs, "_checksums", lambda folder: {"model.safetensors": folder.name})
+    monkeypatch.setattr(checkup, "prune", lambda **_: SimpleNamespace(report=None))
+    monkeypatch.setattr(checkup, "_checksums", lambda folder: {"model.safetensors": folder.name})
     failed = {row.case: row.measured.said for row in doctor(device="cpu", checks=("runs",)).failed}
     assert failed["twice, the same bits"] == "1 files of weights, 1 differ: model.safetensors"
     assert failed["killed and resumed, the same bits"] == "the run that was to be killed ended with 0"

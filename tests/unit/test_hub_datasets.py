@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 from test_calibration import PROSE, calibrate
 
-from convexprune.adapters._data.corpora import CORPORA
+from convexprune.adapters._data.documents import CORPORA
 from convexprune.errors import CalibrationError, DependencyError
 
 TEXTS = {"penn_treebank/train/0000.parquet": 42068, "penn_treebank/test/0000.parquet": 3761}

@@ -13,10 +13,10 @@ from torch import Tensor
 import convexprune
 from convexprune._layerwise.settings import SINK, TokenWeighting, loss_weights, sink_weights
 from convexprune.adapters import HuggingFaceModel, load
+from convexprune.adapters import _allocating as adapter
 from convexprune.adapters import _gradients as gradients
-from convexprune.adapters import _token_weights as adapter
+from convexprune.adapters._allocating import read_by_other_tokens, token_weights
 from convexprune.adapters._gradients import loss_fisher
-from convexprune.adapters._token_weights import read_by_other_tokens, token_weights
 from convexprune.errors import RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
