@@ -20,7 +20,7 @@ from convexprune._schema.settings import (
     TargetSettings,
 )
 from convexprune._setting_types import make
-from convexprune.constraints import AnyBlock, Coded, Constraint, Grid, Grouped, Quantized, make_grid, parse_pattern
+from convexprune.constraints import FAMILIES, Coded, Constraint, Grid, Grouped, Quantized, make_grid, parse_pattern
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted
 from convexprune.pruners._base import WHOLE
@@ -28,7 +28,6 @@ from convexprune.pruners._search import AbstractSearch
 from convexprune.quantizers import QUANTIZERS
 from convexprune.solvers import AbstractSolver, solver_names
 
-GGUF = "gguf"  # in place of a grid: one of GGUF's for each operator
 PRESETS = ("fistapruner",)
 OTHERS = ("auto", "cg", "working-set")  # of a fixed support, or of few weights that are not zero
 SOLVERS = tuple(name for name in solver_names() if name not in OTHERS)
@@ -69,8 +68,10 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         self._check_refinement()
         pattern = self.build_pattern()
         check_rule(self.allocation, pattern)
-        if self.quantize == GGUF and self.allocation != "curve":
-            raise RecipeError("quantize='gguf' chooses types by the loss (allocation='curve'). Leave allocation out.")
+        if self.quantize in FAMILIES and self.allocation != "curve":
+            raise RecipeError(
+                f"quantize={self.quantize!r} chooses types by the loss (allocation='curve'). Leave allocation out."
+            )
         if self.allocation == "columns" and not issubclass(METHODS[self.preset or self.method], AbstractSearch):
             raise RecipeError(
                 f"Allocation 'columns' chooses columns by the loss, and {self.method!r} has scores of its own. Leave "
@@ -111,14 +112,16 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         return self._on_grid(parse_pattern(self.pattern, self.sparsity, self.quota))
 
     def _on_grid(self, support: Constraint) -> Constraint:
-        if self.quantize == GGUF:
+        if self.quantize in FAMILIES:
             if (self.target is None) == (self.bits is None):
                 raise RecipeError(
-                    "quantize='gguf' chooses types for a size: give target (900MB, say) or bits, one of them."
+                    f"quantize={self.quantize!r} chooses types for a size: give target (900MB, say) or bits, one of "
+                    "them."
                 )
-            return Quantized(support, AnyBlock())
+            return Quantized(support, FAMILIES[self.quantize])
         if self.target is not None:
-            raise RecipeError(f"target is the size of a GGUF file, and quantize is {self.quantize!r}. Take 'gguf'.")
+            known = " or ".join(map(repr, FAMILIES))
+            raise RecipeError(f"target is the size of a file, and quantize is {self.quantize!r}. Take {known}.")
         if self.bits is not None and self.quantize is not None:
             raise RecipeError(f"bits={self.bits} is in place of quantize={self.quantize!r}: leave one of them out.")
         if self.bits is not None:
@@ -269,9 +272,9 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     channels = str(given.get("pattern")).startswith("channels")
     spread = "uniform" if not searches else "columns" if channels else "rows" if whole else "uniform"
     codes = given.get("quantize") is not None and given.get("quantizer", "descent") == "descent"
-    mixed = given.get("target") is not None or given.get("quantize") == GGUF
+    mixed = given.get("target") is not None or given.get("quantize") in FAMILIES
     return {
-        **({"quantize": GGUF, "sparsity": 0.0} if mixed else {}),
+        **({"quantize": "gguf", "sparsity": 0.0} if mixed else {}),
         "token_weights": "attention_sink" if codes and ours and not published else "none",
         "prefix": prefix,
         "error_correction": alpha or (0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0),

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from convexprune._api.checks import check_copies, executor_for, run_warnings, team_size
 from convexprune._api.windows import Sources, Windows, name_of_text
-from convexprune._container.layouts import imported
+from convexprune._container.chosen import Size
+from convexprune._container.layouts import SIZES, imported
 from convexprune._device.machine import (
     Clock,
     check_threads,
@@ -39,12 +40,12 @@ from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.model_folder import said_of_base
 from convexprune.adapters._data.sources import needs_sampling
 from convexprune.adapters._discovery.selection import with_rules
-from convexprune.adapters._gguf import TypeChoice, on_grid
 from convexprune.adapters._inspection.outline import what_needs_less
 from convexprune.adapters._removal import find_removal
 from convexprune.adapters._removal.base import AbstractRemoval
+from convexprune.adapters._types import TypeChoice, alike, ends, on_grid
 from convexprune.errors import ModelError, RecipeError
-from convexprune.recipe import GGUF, Recipe, make_recipe
+from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OnOperator, Report
 from convexprune.solvers import AbstractSolver, solver_names
 from convexprune.validation import final_states, mean_kl, perplexity
@@ -99,7 +100,7 @@ class Request:
                 f"Pattern {recipe.pattern!r} makes a smaller model, and a loaded one is pruned in place. Save it "
                 "(save_pretrained), and give its folder."
             )
-        self.size: Any = None  # of a GGUF file (`_container.gguf_size.Size`), and the bytes that it may have
+        self.size: Size | None = None  # of the exported file, if types are chosen for it, and the bytes it may have
         self.target = 0
         self.removal: AbstractRemoval | None = None
         self.clock = Clock()
@@ -117,8 +118,8 @@ class Request:
             self.layers = replace(self.layers, patterns=self.removal.patterns)
         self.layers = with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
-        if self.recipe.quantize == GGUF:
-            self._measure(loaded)
+        if self.recipe.quantize in SIZES:
+            self._measure(loaded, self.recipe.quantize)
         weighting = TokenWeighting.parse(self.recipe.token_weights)
         needs = {
             f"allocation={self.recipe.allocation!r}": (self.recipe.allocation in WEIGHED, "take allocation='uniform'"),
@@ -128,35 +129,34 @@ class Request:
         }
         refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
 
-    def _measure(self, loaded: HuggingFaceModel) -> None:
+    def _measure(self, loaded: HuggingFaceModel, layout: str) -> None:
         """Find the size of the file by types, and refuse targets that no types meet."""
         given = isinstance(self.source, PreTrainedModel) or self.given_tokenizer is not None
         if given or loaded.folder is None or self.call.output_dir is None:
             raise RecipeError(
-                "quantize='gguf' counts the bytes of a file. It takes the folder of a model with its tokenizer, no "
-                "loaded one, and needs output_dir."
+                f"quantize={layout!r} counts the bytes of a file. It takes the folder of a model with its tokenizer, "
+                "no loaded one, and needs output_dir."
             )
-        names = [f"{layer.name}.{operator.name}" for layer in loaded.layers for operator in layer.operators]
-        self.size = imported("gguf_size", GGUF).measure(loaded.folder, names, loaded.model.dtype)
-        bits = self.recipe.bits
-        self.target = self.recipe.target or int(self.size.weights * (bits or 0.0) / 8)
-        self.size.require(self.target)
+        measure = imported(SIZES[layout], layout).measure
+        self.size = size = measure(loaded.folder, alike(loaded), list(ends(loaded)), loaded.model.dtype)
+        self.target = self.recipe.target or int(size.weights * (self.recipe.bits or 0.0) / 8)
+        size.require(self.target)
 
     def _choose_types(self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore) -> None:
         """Choose the type of every operator, and of embedding and head, which are quantized now."""
-        size, room = self.size, self.target - self.size.fixed
-        choice = TypeChoice(
-            loaded, windows["calibration"], self.recipe.batch_size, size.units, size.ends, room, self.layers.quantizer
-        )
-        found = choice.types(store)
-        choice.tensors(store)
+        size = self.size
+        assert size is not None
+        room, pattern = self.target - size.fixed, self.recipe.build_pattern()
+        choice = TypeChoice(loaded, windows["calibration"], self.recipe.batch_size, size.ends, self.layers.quantizer)
+        found = store.compute_once("types", lambda: choice.types(store, pattern, size.units, room))
+        choice.tensors(store, found["types"])
         patterns = {name: on_grid(kind) for name, kind in found["types"].items() if name not in size.ends}
         self.layers = replace(self.layers, patterns=patterns)
         report.allocation = {"cost": found["cost"], "gap": found["gap"]}
-        report.gguf = size.record(found["types"], self.target)
+        report.sized = size.record(found["types"], self.target)
         for name in size.ends:
             report.left_alone.pop(name, None)
-        if "evaluation" in windows:
+        if "evaluation" in windows and size.ends:
             end = "the perplexity here is with embedding and head as they were. For that of all: convexprune eval"
             self._warn(report, f"{' and '.join(size.ends)} are quantized too, and {end} {self.call.output_dir}")
 
@@ -191,7 +191,7 @@ class Request:
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
     ) -> None:
         """Spread the zeros by the recipe, or as at the beginning of the run in the store."""
-        if self.recipe.quantize == GGUF:
+        if self.size is not None:
             assert store is not None
             self._choose_types(loaded, windows, report, store)
             self.clock.lap("types")

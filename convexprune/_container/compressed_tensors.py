@@ -1,7 +1,8 @@
 """A quantized model in the layout `pack-quantized` of compressed-tensors, which transformers and vLLM load as it is."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convexprune._container.chosen import stored_names
 from convexprune._container.file import SUFFIX, is_packed
 from convexprune._container.folder import Convert, source_files, write_folder
 from convexprune._container.provenance import require_as_written
@@ -18,7 +20,7 @@ from convexprune._runs.folder import CARD, PAGE, REPORT, RunFolder
 from convexprune._storage.files import copy_file, read_json, read_text, write_settings
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
-from convexprune.constraints import ROW, Grid, parse_pattern
+from convexprune.constraints import ROW, Grid, parse_pattern, read_grid
 from convexprune.errors import ModelError
 
 LAYOUT = "compressed-tensors"
@@ -28,6 +30,7 @@ ACCEPTED = (
     "`convexprune pack` takes any model."
 )
 OF_RUN = (CARD, REPORT, PAGE)  # tell of the files as they were
+EXPERTS = r"re:.*\.experts\.\d+\.\w+"
 LONGEST = 1 << 28  # bytes of an index; that of 1,000,000 tensors has less
 
 
@@ -40,28 +43,29 @@ def export(source: str | Path, output_dir: str | Path, allow_changed: bool = Fal
     folder, files = source_files(source)
     if any(map(is_packed, files)):
         raise ModelError(f"{folder} is a pack. Unpack it first (convexprune unpack).")
-    grid = _grid(folder)
+    grids = _grids(folder)
     require_as_written(folder, allow_changed)
     _require_settings(folder, files)
     tensors = [path for path in files if path.suffix == SUFFIX]
     plain = {name: entry for path in tensors for name, entry in entries(folder / path)[0].items()}
     weights = {name: entry for name, entry in plain.items() if name.endswith(".weight") and len(entry.spec.shape) == 2}
-    quantized = {name for name, entry in weights.items() if _is_quantized(entry, grid)}
+    quantized = {name: grid for name, entry in weights.items() if (grid := _grid_of(name, entry, grids)) is not None}
     report = RunFolder(folder).report()
     _refuse_stacked(folder, [name for name, entry in plain.items() if len(entry.spec.shape) == 3], report.left_alone)
     asked = sum(operator.outputs * operator.inputs for operator in report.operators)
+    heads = grids.keys() - {own for operator in report.operators for own in stored_names(operator.name)}
+    asked += sum(prod(weights[f"{name}.weight"].spec.shape) for name in heads)
     if (count := sum(prod(weights[name].spec.shape) for name in quantized)) != asked:
         raise ModelError(
             f"{folder}: the run has quantized {asked:,} weights, and matrices [outputs inputs] with {count:,} are on "
-            f"{grid}. {ACCEPTED}"
+            f"{', '.join(sorted(map(str, set(grids.values()))))}. {ACCEPTED}"
         )
     # Names on disk may be older than those of the modules, and engines go by one or the other.
-    left = {name.removesuffix(".weight") for name in weights.keys() - quantized} | {"lm_head", *report.left_alone}
-    converts: dict[Path, Convert] = {
-        path: partial(_convert_tensors, grid=grid, quantized=quantized) for path in tensors
-    }
+    left = {name.removesuffix(".weight") for name in weights.keys() - quantized.keys()} | {*report.left_alone}
+    left |= {"lm_head"} - grids.keys()
+    converts: dict[Path, Convert] = {path: partial(_convert_tensors, quantized=quantized) for path in tensors}
     converts |= {path: partial(_convert_index, quantized=quantized) for path in files if path.name.endswith(INDEX)}
-    converts[Path(CONFIG)] = partial(_convert_config, grid=grid, left=sorted(left))
+    converts[Path(CONFIG)] = partial(_convert_config, quantized=quantized, left=sorted(left))
     kept = sorted(set(files) - {Path(name) for name in OF_RUN}, key=lambda path: (path not in tensors, path))
     writes = {path: (path, converts.get(path, copy_file)) for path in kept}
     return write_folder("exporting", folder, files, writes, staging)
@@ -100,29 +104,49 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(rows, axis=1, bitorder="little").view("<i4"))
 
 
-def _grid(folder: Path) -> Any:
-    """Return the grid of the run whose result a folder is; all that is asked of it are `find`, `bits` and groups."""
+def _grids(folder: Path) -> dict[str, Grid]:
+    """Return the grids of the run whose result a folder is, by operator; the head may have one, too."""
     if not RunFolder(folder).is_finished:
         raise ModelError(f"{folder} is no result of a run. Give the folder that `prune --quantize int4` has written.")
-    grids = {parse_pattern(operator.pattern).grid for operator in RunFolder(folder).report().operators}
-    if others := [grid for grid in grids if grid is not None and LAYOUT not in grid.layouts]:
+    report = RunFolder(folder).report()
+    tensors: dict[str, list[Any]] = report.sized["tensors"] if report.sized else {}
+    grids: dict[str, Any] = {
+        name: read_grid(kind) for names, (kind, _) in tensors.items() for name in names.split(", ")
+    }
+    grids |= {operator.name: parse_pattern(operator.pattern).grid for operator in report.operators}
+    if others := [grid for grid in grids.values() if grid is not None and LAYOUT not in grid.layouts]:
         raise ModelError(
             f"{folder} has {others[0]}, which the layout pack-quantized cannot say. Prune with --quantize int4, say, "
             "or take `convexprune pack`."
         )
-    if len(grids) != 1 or None in grids:
+    if not grids or None in grids.values():
         raise ModelError(f"{folder} is not quantized. Prune with --quantize int4, say.")
-    return grids.pop()
+    return {own: grid for name, grid in grids.items() for own in stored_names(name)}
 
 
-def _is_quantized(entry: Entry, grid: Grid) -> bool:
-    columns = entry.spec.shape[1]
-    if entry.spec.code not in CODES.values() or columns % grid.width(columns):
-        return False
-    return bool(grid.find(entry.read())[2].all())
+def _grid_of(name: str, entry: Entry, grids: Mapping[str, Grid]) -> Grid | None:
+    """Return the grid that a stored weight is on: its own, or one of all if the operator has another name here."""
+    own, columns = grids.get(name.removesuffix(".weight")), entry.spec.shape[1]
+    for grid in dict.fromkeys(grids.values()) if own is None else [own]:
+        fits = entry.spec.code in CODES.values() and columns % grid.width(columns) == 0
+        if fits and bool(grid.find(entry.read())[2].all()):
+            return grid
+    return None
 
 
-def _convert_tensors(path: Path, target: Path, grid: Grid, quantized: set[str]) -> None:
+def part_specs(spec: Spec, grid: Grid) -> dict[str, Spec]:
+    """Return the tensors in place of a weight [m n] of a spec."""
+    rows, columns = spec.shape
+    words, groups = -(-columns * grid.bits // 32), columns // grid.width(columns)
+    size = spec.nbytes // (rows * columns)
+    return {
+        "packed": Spec("I32", (rows, words), 4 * rows * words),
+        "scale": Spec(spec.code, (rows, groups), size * rows * groups),
+        "shape": Spec("I64", (2,), 16),
+    }
+
+
+def _convert_tensors(path: Path, target: Path, quantized: Mapping[str, Grid]) -> None:
     """Write a file of tensors with codes, scales and a shape in place of each quantized weight."""
     found, metadata = entries(path)
     specs = dict[str, Spec]()
@@ -131,15 +155,8 @@ def _convert_tensors(path: Path, target: Path, grid: Grid, quantized: set[str]) 
         if name not in quantized:
             specs[name], makes[name] = entry.spec, entry.read_bytes
             continue
-        rows, columns = entry.spec.shape
-        words, groups = -(-columns * grid.bits // 32), columns // grid.width(columns)
-        size = entry.spec.nbytes // (rows * columns)
-        for part, spec in {
-            "packed": Spec("I32", (rows, words), 4 * rows * words),
-            "scale": Spec(entry.spec.code, (rows, groups), size * rows * groups),
-            "shape": Spec("I64", (2,), 16),
-        }.items():
-            specs[f"{name}_{part}"], makes[f"{name}_{part}"] = spec, partial(_part, entry, grid, part)
+        for part, spec in part_specs(entry.spec, quantized[name]).items():
+            specs[f"{name}_{part}"], makes[f"{name}_{part}"] = spec, partial(_part, entry, quantized[name], part)
     write_tensors(target, specs, lambda name: makes[name](), metadata)
 
 
@@ -150,25 +167,35 @@ def _part(entry: Entry, grid: Grid, part: str) -> Tensor:
     return scales.to(DTYPES[entry.spec.code]) if part == "scale" else packed_codes(codes, grid.bits)
 
 
-def _convert_index(path: Path, target: Path, quantized: set[str]) -> None:
+def _convert_index(path: Path, target: Path, quantized: Mapping[str, Grid]) -> None:
     index = json.loads(read_text(path, LONGEST))
     places = {name: str(place) for name, place in index["weight_map"].items()}
-    for name in quantized & places.keys():
+    for name in quantized.keys() & places.keys():
         places |= dict.fromkeys([f"{name}_{part}" for part in ("packed", "scale", "shape")], places.pop(name))
     found = [entries(target.parent / place)[0] for place in sorted(set(places.values()))]
     size = sum(entry.spec.nbytes for each in found for entry in each.values())
     write_settings(target, index | {"metadata": {"total_size": size}, "weight_map": places})
 
 
-def _convert_config(path: Path, target: Path, grid: Grid, left: list[str]) -> None:
+def _config_group(grid: Grid, targets: list[str]) -> dict[str, Any]:
     shared = {"strategy": "channel"} if grid.group == ROW else {"strategy": "group", "group_size": grid.group}
-    weights = {"num_bits": grid.bits, "type": "int", "symmetric": True} | shared
-    group = {"targets": ["Linear"], "weights": weights | {"dynamic": False}}
+    weights = {"num_bits": grid.bits, "type": "int", "symmetric": True} | shared | {"dynamic": False}
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+
+
+def _convert_config(path: Path, target: Path, quantized: Mapping[str, Grid], left: list[str]) -> None:
+    names = defaultdict[tuple[Grid, bool], set[str]](set)  # transformers knows the group of experts by an expression
+    for name, grid in quantized.items():
+        is_expert = ".experts." in name
+        names[grid, is_expert].add(EXPERTS if is_expert else name.removesuffix(".weight"))
+    groups = [_config_group(grid, sorted(own)) for (grid, _), own in names.items()]
+    if len(kinds := set(quantized.values())) == 1:
+        groups = [_config_group(kinds.pop(), ["Linear"])]
     quantization = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group | {"input_activations": None, "output_activations": None}},
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": left,
     }
     config = json.loads(read_text(path, LONGEST))

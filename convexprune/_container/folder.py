@@ -24,6 +24,7 @@ from convexprune._runs.folder import REPORT, RunFolder
 from convexprune._storage.failures import reading
 from convexprune._storage.files import PARTS, Stamp, copy_file, named, paths_in, refuse_foreign, require_unchanged
 from convexprune._storage.staging import Staging
+from convexprune._storage.tensors import Entry, entries
 from convexprune.errors import ConvexpruneError, ModelError, OutputError
 
 Convert = Callable[[Path, Path], None]
@@ -203,6 +204,14 @@ def source_files(source: str | Path) -> tuple[Path, dict[Path, Stamp]]:
                 refuse_foreign(path, folder)
                 stamps[name] = Stamp.of(path)
     return folder, stamps
+
+
+def source_tensors(source: str | Path) -> tuple[Path, dict[Path, dict[str, Entry]]]:
+    """Return the folder of a model, and the tensors of its files."""
+    folder, files = source_files(source)
+    if not (tensors := {path: entries(folder / path)[0] for path in files if path.suffix == SUFFIX}):
+        raise ModelError(f"{folder} holds no safetensors file. Save the model as such first.")
+    return folder, tensors
 
 
 def write_folder(

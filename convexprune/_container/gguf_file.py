@@ -22,11 +22,10 @@ from convexprune._runs.folder import BLOCKS, RunFolder
 from convexprune._storage.files import named, read_text
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, entries
-from convexprune.constraints import Q4_0, Q8_0, Codebook, Grid, Scales, make_grid, parse_pattern
+from convexprune.constraints import Q4_0, Q8_0, Codebook, Grid, Scales, parse_pattern, read_grid
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import Report
 
-GROUP = 32  # the blocks have their own
 LONGEST = 1 << 28  # bytes of config.json
 ROWS = 1 << 24  # weights that are compared at once
 TYPES = {kind.name.lower(): kind for kind in gguf.GGMLQuantizationType}
@@ -98,8 +97,10 @@ def export(source: str | Path, output: str | Path, allow_changed: bool = False) 
         tensors = places(model, plain, quantized)
         if quantized:
             raise ModelError(f"{folder} stores no {min(quantized)[0]}, which the run has quantized.")
-        chosen = report and report.gguf
-        metadata = gguf.Metadata(**chosen["metadata"]) if chosen else metadata_of(folder, tensors)
+        chosen = report and report.sized
+        metadata = (
+            gguf.Metadata(**chosen["metadata"]) if chosen and chosen["metadata"] else metadata_of(folder, tensors)
+        )
         with (
             Staging(target).whole(is_file=True) as path,
             closing(gguf.GGUFWriter(path, model.architecture.name)) as writer,
@@ -131,10 +132,8 @@ def _quantized(model: GGUFModel, folder: Path, report: Report) -> dict[Place, Qu
     quantized = dict[Place, Quantized]()
     blocks = entries(folder / BLOCKS)[0] if (folder / BLOCKS).is_file() else {}
     grids = {operator.name: parse_pattern(operator.pattern).grid for operator in report.operators}
-    tensors: Mapping[str, list[Any]] = report.gguf["tensors"] if report.gguf else {}
-    grids |= {
-        name: make_grid(kind, GROUP) for name, (kind, _) in tensors.items() if ", " not in name
-    }  # embedding and head
+    tensors: Mapping[str, list[Any]] = report.sized["tensors"] if report.sized else {}
+    grids |= {name: read_grid(kind) for names, (kind, _) in tensors.items() for name in names.split(", ")}
     for name, grid in grids.items():
         if grid is None or "gguf" not in grid.layouts:
             continue

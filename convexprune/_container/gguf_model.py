@@ -11,6 +11,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from convexprune._container.chosen import stored_names
 from convexprune.errors import ModelError
 
 SIZES = {
@@ -30,8 +31,6 @@ SIZES = {
 }
 """Methods of the writer, and the settings of `config.json` that they take."""
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
-STACKED = re.compile(r"(.*\.experts)\.(\w+)\.(\d+)")
-HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}  # of an operator that is two in a file
 ROTATED = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
 
 
@@ -123,11 +122,7 @@ class GGUFModel:
 
     def operator(self, name: str) -> list[tuple[str, int | None]]:
         """Return the places of an operator, by its name in a report: the halves of its rows may have two."""
-        match = STACKED.fullmatch(name)
-        if match is None:
-            return [self.place(f"{name}.weight")]
-        kinds = HALVES.get(match[2], (match[2],))
-        return [self.place(f"{match[1]}.{match[3]}.{kind}.weight") for kind in kinds]
+        return [self.place(f"{each}.weight") for each in stored_names(name)]
 
     def rows(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor [m ...] with its rows in the order of the file."""

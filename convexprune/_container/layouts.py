@@ -9,6 +9,8 @@ from convexprune.errors import DependencyError, RecipeError, install_hint, unkno
 
 LAYOUTS = {"compressed-tensors": "compressed_tensors", "gguf": "gguf_file"}
 """Modules of this package. The function `export` of a module writes a model to another place."""
+SIZES = {"compressed-tensors": "compressed_tensors_size", "gguf": "gguf_size"}
+"""The same. The function `measure` returns a `Size` (`_container.chosen`)."""
 
 
 def export(

@@ -61,12 +61,13 @@ def _zeros(report: Report) -> Iterator[Fact]:
 
 def _quantized(report: Report, stored: str) -> Iterator[Fact]:
     bits, by = report.recipe.get("bits"), report.recipe.get("quantizer")
-    if bits is not None and report.gguf is None:
+    if bits is not None and report.sized is None:
         yield Fact("values", f"{bits} bits a weight once packed: numbers times a scale for each column, by {by}")
-    elif report.gguf is not None:
-        kinds = Counter(kind for kind, _ in report.gguf["tensors"].values()).most_common()
+    elif (sized := report.sized) is not None:
+        kinds = Counter(kind for names, (kind, _) in sized["tensors"].items() for _ in names.split(", ")).most_common()
         yield Fact("values", f"{', '.join(f'{count} {kind}' for kind, count in kinds)}, by {by}; stored as {stored}")
-        yield Fact("file as GGUF", f"{report.gguf['bytes']:,} bytes, {report.gguf['bits']:.2f} bits a weight of all")
+        layout = report.recipe.get("quantize")
+        yield Fact(f"exported, {layout}", f"{sized['bytes']:,} bytes, {sized['bits']:.2f} bits a weight of all")
     elif report.recipe.get("quantize") is not None:
         grids = sorted({operator.pattern.rpartition(", ")[2] for operator in report.operators})
         yield Fact("values", f"{', '.join(grids)}, by {by}; stored as {stored}")

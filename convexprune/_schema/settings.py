@@ -102,17 +102,20 @@ class TargetSettings(Settings):
         None,
         "What is kept becomes numbers of so few bits, times a scale for each group of weights; zeros stay zero. Whole "
         "numbers: int8 to int3. Tables: nf4, fp4, mxfp4. Blocks of GGUF files: q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, "
-        "iq4_xs, q3_k, q2_k; gguf: the best of them for each operator, embedding and head, within target or bits. "
-        "With a sparsity of 0: quantization alone. Left out: none.",
+        "iq4_xs, q3_k, q2_k. The best for each operator and the head, within target or bits: gguf, of these blocks (for "
+        "the embedding, too); compressed-tensors, of int8 and int4. With a sparsity of 0: quantization alone. Left "
+        "out: none.",
     )
     target: ByteSize | None = setting(
-        None, "With quantize gguf: bytes of the whole GGUF file, as 900MB or 1.5GiB; it has so many or few less."
+        None,
+        "With quantize gguf (the default with target): bytes of the whole GGUF file, as 900MB or 1.5GiB; it has so "
+        "many or few less. With compressed-tensors: of the exported weights.",
     )
     bits: float | None = setting(
         None,
         "In place of quantize: so many bits a weight, 1 to 6, in the packed model. Weights are whole numbers times a "
-        "scale for each column, as fine as their entropy code allows. With quantize gguf: bits a weight of the whole "
-        "file. Left out: none.",
+        "scale for each column, as fine as their entropy code allows. With quantize gguf or compressed-tensors: bits "
+        "a weight of the whole file. Left out: none.",
         ge=1,
         le=6,
     )

@@ -154,9 +154,8 @@ def _spec(name: str, value: dict[str, Any], nbytes: int) -> Spec:
     return Spec(code, tuple(shape), nbytes)
 
 
-def write_tensors(
-    path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor | bytearray], metadata: Mapping[str, str]
-) -> None:
+def header_of(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes of a file before its first tensor."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, spec in specs.items():
@@ -164,8 +163,14 @@ def write_tensors(
         header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data are to be aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(
+    path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor | bytearray], metadata: Mapping[str, str]
+) -> None:
     with atomic_write(path) as file:
-        write(file, len(text).to_bytes(8, "little") + text)
+        write(file, header_of(specs, metadata))
         for name in specs:
             value = read(name)
             write(file, raw(value) if isinstance(value, Tensor) else value)

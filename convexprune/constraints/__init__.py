@@ -6,12 +6,12 @@ from functools import partial
 
 from convexprune.constraints._base import Constraint, Mask, Quota
 from convexprune.constraints._budget import Budget, check_some, column_norms, sizes
-from convexprune.constraints._codebook import Codebook, OnGrid, Scales, divisible
+from convexprune.constraints._codebook import AnyOf, Codebook, OnGrid, Scales, divisible
 from convexprune.constraints._coded import Coded, entropy
 from convexprune.constraints._columns import Columns
 from convexprune.constraints._combined import Quantized, Stacked
 from convexprune.constraints._entries import SemiStructured, Unstructured
-from convexprune.constraints._ggml import BLOCKS, Q4_0, Q8_0, AnyBlock, Block
+from convexprune.constraints._ggml import BLOCKS, Q4_0, Q8_0, Block
 from convexprune.constraints._grid import FP4, GROUPS, MXFP4, NF4, ROW, Grid, Grouped
 from convexprune.constraints._removed import Channels, Experts, Heads, Layers
 from convexprune.errors import PatternError, unknown
@@ -25,6 +25,12 @@ GRIDS: dict[str, Callable[[int], Codebook]] = {
     **{grid.name: lambda group, grid=grid: grid() for grid in (MXFP4, *BLOCKS)},
 }
 """Make the grid of a name for a number of columns that share a scale."""
+FAMILIES = {
+    # IQ4_NL has as many bytes as Q4_0, and errs less.
+    "gguf": AnyOf("gguf", tuple(grid() for grid in BLOCKS if grid is not Q4_0)),
+    "compressed-tensors": AnyOf("compressed-tensors", (Grid(8, ROW), *(Grid(4, group) for group in GROUPS))),
+}
+"""Grids of a layout, of which each operator gets one."""
 
 
 def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "matrix") -> Constraint:
@@ -63,7 +69,7 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
         parts = [(parse_pattern(match[2]), int(match[1])) for match in stack if match]
         return Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
     support, _, values = text.rpartition(", ")
-    if support and (grid := _read_grid(values)) is not None:
+    if support and (grid := read_grid(values)) is not None:
         return Quantized(parse_pattern(support), grid)
     for kind in KINDS:
         found = kind.parse(text, sparsity, quota)
@@ -90,7 +96,7 @@ def make_grid(name: str, group: int) -> Codebook:
     return GRIDS[name](group)
 
 
-def _read_grid(text: str) -> Codebook | None:
+def read_grid(text: str) -> Codebook | None:
     """Return the grid that a description (its `str`) names; None for another text."""
     if match := re.fullmatch(r"(\S+) bits a weight", text):
         return Coded(float(match[1]))

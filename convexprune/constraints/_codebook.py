@@ -219,6 +219,27 @@ class WholeNumbers(Codebook):
         return multiples.round_().clamp_(self.values[0], self.values[-1])
 
 
+@dataclass(frozen=True)
+class AnyOf(Codebook):
+    """A grid that is still to be chosen, by the bytes of a whole file. The first grid fits wherever another does."""
+
+    name: str
+    grids: tuple[Codebook, ...]
+    values = ()
+
+    def ladder(self) -> list[Codebook]:
+        return list(self.grids)
+
+    def width(self, columns: int) -> int:
+        return self.grids[0].width(columns)
+
+    def check(self, rows: int, columns: int) -> None:
+        self.grids[0].check(rows, columns)
+
+    def __str__(self) -> str:
+        return self.name
+
+
 @dataclass(frozen=True, eq=False)
 class OnGrid:
     """A weight [m n] on a grid: codes [m n], multiples of scales."""

@@ -265,26 +265,6 @@ class Q5_K(Q4_K):
         return [*map(halves, scales.units), self._six_bits(scales), high, low]
 
 
-@dataclass(frozen=True)
-class AnyBlock(Codebook):
-    """A block grid that is still to be chosen, by the bytes of a whole file."""
-
-    values = ()
-    layouts = ("gguf",)
-
-    def ladder(self) -> list[Codebook]:
-        return [grid() for grid in BLOCKS if grid is not Q4_0]  # IQ4_NL has as many bytes, and errs less
-
-    def width(self, columns: int) -> int:
-        return Block.group
-
-    def check(self, rows: int, columns: int) -> None:
-        IQ4_NL().check(rows, columns)
-
-    def __str__(self) -> str:
-        return "gguf"
-
-
 BLOCKS: tuple[type[Block], ...] = (Q8_0, Q6_K, Q5_K, Q4_K, Q4_0, IQ4_NL, IQ4_XS, Q3_K, Q2_K)
 
 

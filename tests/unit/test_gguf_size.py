@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune._api.calls import plan
 from convexprune._cli import app
-from convexprune._container.gguf_size import Size, measure
+from convexprune._container.chosen import Size
+from convexprune._container.gguf_size import measure
 from convexprune.adapters import EMBEDDED
 from convexprune.core._allocation import choose
 from convexprune.errors import PatternError, RecipeError
@@ -46,27 +47,21 @@ def test_no_choice_within_the_budget_is_cheaper(units: list[list[tuple[int, floa
 
 
 def size_of(source: Path, dtype: torch.dtype = torch.bfloat16) -> Size:
-    names = [name for name in load_file(source / "model.safetensors") if "_proj" in name and name.endswith("weight")]
-    return measure(source, [name.removesuffix(".weight") for name in names], dtype)
-
-
-def bounds(size: Size) -> tuple[int, int]:
-    return (
-        size.fixed + sum(min(each.values()) for each in size.units.values()),
-        size.fixed + sum(max(each.values()) for each in size.units.values()),
-    )
+    stored = [name.removesuffix(".weight") for name in load_file(source / "model.safetensors")]
+    ends = [name for name in ("model.embed_tokens", "lm_head") if name in stored]
+    return measure(source, [[name] for name in stored if name.endswith("_proj")], ends, dtype)
 
 
 def record_of(run: Path) -> Any:
-    return convexprune.Report.from_json((run / "report.json").read_text()).gguf
+    return convexprune.Report.from_json((run / "report.json").read_text()).sized
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_file_has_the_bytes_that_were_asked_for_or_few_less(family: str, tmp_path: Path):
     source = built(family, tmp_path / "dense", torch.bfloat16)
-    size, (least, most) = size_of(source), bounds(size_of(source))
+    size = size_of(source)
     weights = sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
-    target = (3 * least + 2 * most) // 5 if family == "llama" else int(weights * 5.25 / 8)
+    target = (3 * size.least + 2 * size.most) // 5 if family == "llama" else int(weights * 5.25 / 8)
     asked: Any = {"target": target} if family == "llama" else {"quantize": "gguf", "bits": 5.25}
     run = quantized(source, tmp_path / "run", sparsity=None, **asked)
     path, record = exported(run, tmp_path / "a-name-that-is-longer.gguf"), record_of(run)
@@ -97,7 +92,7 @@ def refused(source: Path, **settings: Any) -> str:
 
 def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
     source = built("llama", tmp_path / "dense", torch.bfloat16)
-    least, most = bounds(size_of(source))
+    least, most = size_of(source).least, size_of(source).most
     for target in (least - 1, most + 1):
         told = refused(source, target=target)
         assert (
@@ -164,11 +159,11 @@ def test_the_commands_from_an_instruct_model_to_a_chat(tmp_path: Path, monkeypat
 @pytest.mark.slow
 def test_a_result_of_a_size_is_packed_verified_and_repeated(tmp_path: Path):
     source = built("qwen2", tmp_path / "dense", torch.bfloat16)
-    least, most = bounds(size_of(source))
+    least, most = size_of(source).least, size_of(source).most
     run = quantized(source, tmp_path / "run", sparsity=None, target=(least + most) // 2)
     expected = checksums(run)
     pack = convexprune.pack(run, tmp_path / "pack").output_dir
     assert checksums(convexprune.unpack(pack, tmp_path / "unpacked")) == expected
     again = convexprune.prune(recipe=run, dataset=RUN["dataset"], output_dir=tmp_path / "again")
-    assert checksums(tmp_path / "again") == expected and again.report.gguf == record_of(run)
+    assert checksums(tmp_path / "again") == expected and again.report.sized == record_of(run)
     assert convexprune.verify(run, dataset=RUN["dataset"], operators=["model.layers.0.mlp.down_proj"]).passed

@@ -1,4 +1,4 @@
-"""Types of a GGUF file by forecast loss: for operators, embedding and head, within the bytes of the whole file."""
+"""Types by forecast loss for operators, embedding and head, within the bytes of a whole file."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from convexprune._layerwise.steps.survey import survey
 from convexprune._layerwise.store import BLOCKS, MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
-from convexprune.constraints import AnyBlock, Constraint, Quantized, Unstructured, make_grid
+from convexprune.constraints import Constraint, Quantized, Unstructured, read_grid
 from convexprune.core import Moments
 from convexprune.core._allocation import choose
 from convexprune.pruners import LayerEdit, LayerProblem
@@ -25,7 +25,6 @@ from ._allocating import GRADIENTS, WINDOWS
 from ._gradients import Fisher, loss_fisher
 from ._huggingface import HuggingFaceModel
 
-BLOCK = 32  # block grids have their own groups
 AT_ONCE = 2**24  # weights of an embedding that are quantized together
 DENSE = Unstructured(0.0)
 
@@ -49,15 +48,15 @@ class End:
         errors = {name: forecast.errors(on_grid(name)).cpu().double() for name in names}
         return {name: float(error @ frequency / frequency.sum()) / 2 for name, error in errors.items()}
 
-    def quantized(self, name: str, quantizer: AbstractQuantizer) -> tuple[Tensor, Tensor]:
-        """Return the weight on a grid, as it is stored, and its bytes in a file."""
+    def quantized(self, name: str, quantizer: AbstractQuantizer) -> tuple[Tensor, Tensor | None]:
+        """Return the weight on a grid, as it is stored, and its bytes in a file of block grids."""
         weights, blocks = list[Tensor](), list[Tensor]()
         for rows in self.weight.split(self._at_once):
             problem = LayerProblem(rows.float(), self.moments, on_grid(name), 0.0)
             edit = quantizer.quantize(problem, LayerEdit(problem.weight, torch.ones_like(rows, dtype=torch.bool)))
             weights.append(edit.weight.to(self.weight.dtype).cpu())
             blocks += [block.cpu() for block in edit.blocks if block is not None]
-        return torch.cat(weights), torch.cat(blocks)
+        return torch.cat(weights), torch.cat(blocks) if blocks else None
 
 
 @dataclass(frozen=True)
@@ -67,46 +66,45 @@ class TypeChoice:
     model: HuggingFaceModel
     calibration: Tensor
     batch_size: int
-    units: Mapping[tuple[str, ...], Mapping[str, int]]  # bytes by type, of operators that have a common type
-    ends: Sequence[str]  # names of embedding and head
-    room: int  # bytes for all units
+    ends: Sequence[str]  # names of embedding and head, if they get types
     quantizer: AbstractQuantizer
 
-    def types(self, store: FolderStore) -> dict[str, Any]:
-        """Return the type of each operator, embedding and head, by name, with the forecast `cost` and its `gap`."""
-        return store.compute_once("types", lambda: self._found(store))
+    def types(
+        self, store: FolderStore, pattern: Constraint, units: Mapping[tuple[str, ...], Mapping[str, int]], room: int
+    ) -> dict[str, Any]:
+        """Return the type of each operator, embedding and head, by name, with the forecast `cost` and its `gap`.
 
-    def tensors(self, store: FolderStore) -> Mapping[str, Tensor]:
-        """Return embedding and head on their grids, and as `BLOCKS` their bytes."""
-        types = self.types(store)["types"]
+        The `units` are operators that have a common type, with their bytes by type; there is `room` for so many.
+        """
+        with store.scratch(0) as record:
+            fisher = self._fisher(record)
+            ends = self._judged(fisher, record)
+            surveyed = survey(self.model, self._batches, 0, pattern.ladder(0, 0), fisher.outputs, record=record)
+        fits = {name: sizes for names, sizes in units.items() for name in names}
+        costs = {unit.name: {str(p.grid): cost for p, cost in unit.costs.items()} for unit in surveyed}
+        costs |= {name: end.costs(fits[name]) for name, end in ends.items()}
+        options = [
+            [(nbytes, sum(costs[name][kind] for name in names)) for kind, nbytes in sizes.items()]
+            for names, sizes in units.items()
+        ]
+        chosen, bound = choose(options, room)
+        cost = sum(unit[k][1] for unit, k in zip(options, chosen, strict=True))
+        pairs = zip(units.items(), chosen, strict=True)
+        types = {name: list(sizes)[k] for (names, sizes), k in pairs for name in names}
+        store.tensors_once(ENDS, lambda: self._quantized(types, ends))
+        return {"types": types, "cost": cost, "gap": max(0.0, cost - bound)}
+
+    def tensors(self, store: FolderStore, types: Mapping[str, str]) -> Mapping[str, Tensor]:
+        """Return embedding and head on the grids of their types, and as `BLOCKS` their bytes."""
 
         def make() -> Mapping[str, Tensor]:
             with store.scratch(0) as record:
-                return self._quantized(types, self._ends(self._fisher(record), record))
+                return self._quantized(types, self._judged(self._fisher(record), record))
 
         return store.tensors_once(ENDS, make)
 
     def _fisher(self, record: Callable[[], Recorded]) -> Fisher:
         return loss_fisher(self.model, self.calibration[:GRADIENTS], self.batch_size, record)
-
-    def _found(self, store: FolderStore) -> dict[str, Any]:
-        with store.scratch(0) as record:
-            fisher = self._fisher(record)
-            ends = self._ends(fisher, record)
-            grids = Quantized(DENSE, AnyBlock()).ladder(0, 0)
-            surveyed = survey(self.model, self._batches, 0, grids, fisher.outputs, record=record)
-        fits = {name: sizes for names, sizes in self.units.items() for name in names}
-        costs = {unit.name: {str(p.grid): cost for p, cost in unit.costs.items()} for unit in surveyed}
-        costs |= {name: end.costs(fits[name]) for name, end in ends.items()}
-        units = list(self.units.items())
-        options = [
-            [(n, sum(costs[name][kind] for name in names)) for kind, n in sizes.items()] for names, sizes in units
-        ]
-        chosen, bound = choose(options, self.room)
-        cost = sum(unit[k][1] for unit, k in zip(options, chosen, strict=True))
-        types = {name: list(sizes)[k] for (names, sizes), k in zip(units, chosen, strict=True) for name in names}
-        store.tensors_once(ENDS, lambda: self._quantized(types, ends))
-        return {"types": types, "cost": cost, "gap": max(0.0, cost - bound)}
 
     @property
     def _batches(self) -> list[Tensor]:
@@ -115,13 +113,16 @@ class TypeChoice:
     def _quantized(self, types: Mapping[str, str], ends: Mapping[str, End]) -> dict[str, Tensor]:
         step, found = begin("embedding and head", len(ends)), dict[str, Tensor]()
         for name, end in ends.items():
-            found[f"{name}.weight"], found[f"{BLOCKS}{name}"] = end.quantized(types[name], self.quantizer)
+            found[f"{name}.weight"], blocks = end.quantized(types[name], self.quantizer)
+            found |= {} if blocks is None else {f"{BLOCKS}{name}": blocks}
             step(name)
         return found
 
     @torch.no_grad()
-    def _ends(self, fisher: Fisher, record: Callable[[], Recorded]) -> dict[str, End]:
+    def _judged(self, fisher: Fisher, record: Callable[[], Recorded]) -> dict[str, End]:
         """Return embedding and head, with what judges them on the calibration windows."""
+        if not self.ends:
+            return {}
         model, modules = self.model, dict(self.model.model.named_modules())
         head, embedding = model.model.get_output_embeddings(), model.model.get_input_embeddings()
         assert isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding)
@@ -151,5 +152,28 @@ class TypeChoice:
 
 
 def on_grid(name: str) -> Constraint:
-    """Return the constraint of all weights on the grid of a name."""
-    return Quantized(DENSE, make_grid(name, BLOCK))
+    """Return the constraint of all weights on the grid of a description."""
+    grid = read_grid(name)
+    assert grid is not None
+    return Quantized(DENSE, grid)
+
+
+def alike(model: HuggingFaceModel) -> list[list[str]]:
+    """Return operators that engines join and that therefore have a common type: those of an input, or all experts."""
+    groups, experts = list[list[str]](), list[str]()
+    for layer in model.layers:
+        for group in layer.groups:
+            names = [f"{layer.name}.{operator.name}" for operator in group.operators]
+            if group.token_aligned:
+                groups.append(names)
+            else:
+                experts += names
+    return [*groups, experts] if experts else groups
+
+
+def ends(model: HuggingFaceModel) -> dict[str, nn.Module]:
+    """Return embedding and head by name; the head only if it is not the embedding."""
+    inner = model.model
+    both = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    names = {id(module): name for name, module in inner.named_modules()}
+    return {names[id(module)]: module for module in both[: 1 if inner.config.tie_word_embeddings else 2]}
