@@ -14,7 +14,7 @@ from convexprune._layerwise.steps.survey import survey
 from convexprune._layerwise.store import BLOCKS, MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
-from convexprune.constraints import Constraint, Quantized, Unstructured, read_grid
+from convexprune.constraints import Constraint, Quantized, Unstructured, make_grid
 from convexprune.core import Moments
 from convexprune.core._allocation import choose
 from convexprune.pruners import LayerEdit, LayerProblem
@@ -153,9 +153,7 @@ class TypeChoice:
 
 def on_grid(name: str) -> Constraint:
     """Return the constraint of all weights on the grid of a description."""
-    grid = read_grid(name)
-    assert grid is not None
-    return Quantized(DENSE, grid)
+    return Quantized(DENSE, make_grid(name))
 
 
 def alike(model: HuggingFaceModel) -> list[list[str]]:

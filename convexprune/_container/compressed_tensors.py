@@ -20,7 +20,7 @@ from convexprune._runs.folder import CARD, PAGE, REPORT, RunFolder
 from convexprune._storage.files import copy_file, read_json, read_text, write_settings
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
-from convexprune.constraints import ROW, Grid, parse_pattern, read_grid
+from convexprune.constraints import ROW, Grid, make_grid, parse_pattern
 from convexprune.errors import ModelError
 
 LAYOUT = "compressed-tensors"
@@ -111,7 +111,7 @@ def _grids(folder: Path) -> dict[str, Grid]:
     report = RunFolder(folder).report()
     tensors: dict[str, list[Any]] = report.sized["tensors"] if report.sized else {}
     grids: dict[str, Any] = {
-        name: read_grid(kind) for names, (kind, _) in tensors.items() for name in names.split(", ")
+        name: make_grid(kind) for names, (kind, _) in tensors.items() for name in names.split(", ")
     }
     grids |= {operator.name: parse_pattern(operator.pattern).grid for operator in report.operators}
     if others := [grid for grid in grids.values() if grid is not None and LAYOUT not in grid.layouts]:

@@ -11,10 +11,10 @@ from convexprune._container.chosen import Size, stored_names
 from convexprune._container.compressed_tensors import part_specs
 from convexprune._container.folder import source_tensors
 from convexprune._storage.tensors import Entry, Spec, cast, entries, header_of
-from convexprune.constraints import FAMILIES, Grid, read_grid
+from convexprune.constraints import FAMILIES, Grid
 from convexprune.errors import ModelError, PatternError
 
-GRIDS = {str(grid): grid for grid in FAMILIES["compressed-tensors"].grids}
+GRIDS = {str(grid): grid for grid in FAMILIES["compressed-tensors"].grids if isinstance(grid, Grid)}
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FolderSize(Size):
     files: tuple[tuple[Mapping[str, Spec], Mapping[str, str]], ...] = ()  # tensors and metadata
 
     def total(self, types: Mapping[str, str]) -> int:
-        chosen = {own: read_grid(types[name]) for unit in self.units for name in unit for own in stored_names(name)}
+        chosen = {own: GRIDS[types[name]] for unit in self.units for name in unit for own in stored_names(name)}
         return sum(_bytes(specs, metadata, chosen) for specs, metadata in self.files)
 
 

@@ -22,7 +22,7 @@ from convexprune._runs.folder import BLOCKS, RunFolder
 from convexprune._storage.files import named, read_text
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, entries
-from convexprune.constraints import Q4_0, Q8_0, Codebook, Grid, Scales, parse_pattern, read_grid
+from convexprune.constraints import Q4_0, Q8_0, Codebook, Grid, Scales, make_grid, parse_pattern
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import Report
 
@@ -133,7 +133,7 @@ def _quantized(model: GGUFModel, folder: Path, report: Report) -> dict[Place, Qu
     blocks = entries(folder / BLOCKS)[0] if (folder / BLOCKS).is_file() else {}
     grids = {operator.name: parse_pattern(operator.pattern).grid for operator in report.operators}
     tensors: Mapping[str, list[Any]] = report.sized["tensors"] if report.sized else {}
-    grids |= {name: read_grid(kind) for names, (kind, _) in tensors.items() for name in names.split(", ")}
+    grids |= {name: make_grid(kind) for names, (kind, _) in tensors.items() for name in names.split(", ")}
     for name, grid in grids.items():
         if grid is None or "gguf" not in grid.layouts:
             continue

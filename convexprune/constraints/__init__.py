@@ -69,7 +69,7 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
         parts = [(parse_pattern(match[2]), int(match[1])) for match in stack if match]
         return Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
     support, _, values = text.rpartition(", ")
-    if support and (grid := read_grid(values)) is not None:
+    if support and (grid := _read_grid(values)) is not None:
         return Quantized(parse_pattern(support), grid)
     for kind in KINDS:
         found = kind.parse(text, sparsity, quota)
@@ -78,12 +78,12 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
     return None
 
 
-def make_grid(name: str, group: int) -> Codebook:
+def make_grid(name: str, group: int = ROW) -> Codebook:
     """Return the grid of a name.
 
     Args:
-        name: a key of `GRIDS`.
-        group: columns that share a scale.
+        name: a key of `GRIDS`, or a description (its `str`).
+        group: columns that share a scale, for a name.
 
     Returns:
         The grid.
@@ -91,13 +91,13 @@ def make_grid(name: str, group: int) -> Codebook:
     Raises:
         PatternError: there is no such grid.
     """
-    if name not in GRIDS:
+    found = GRIDS[name](group) if name in GRIDS else _read_grid(name)
+    if found is None:
         raise PatternError(unknown("grid", name, tuple(GRIDS)))
-    return GRIDS[name](group)
+    return found
 
 
-def read_grid(text: str) -> Codebook | None:
-    """Return the grid that a description (its `str`) names; None for another text."""
+def _read_grid(text: str) -> Codebook | None:
     if match := re.fullmatch(r"(\S+) bits a weight", text):
         return Coded(float(match[1]))
     match = re.fullmatch(r"(\w+)( in groups of (\d+)| per output channel)?", text)
