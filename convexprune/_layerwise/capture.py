@@ -35,7 +35,6 @@ class CachedSubmodule:
 
 @contextmanager
 def replaying(cached: Mapping[CachedSubmodule, Tensor]) -> Iterator[None]:
-    """Replay submodules on their inputs during the context."""
     with ExitStack() as stack:
         for cached_submodule, x in cached.items():
             stack.enter_context(cached_submodule.replayed(x))
@@ -101,7 +100,6 @@ class _Look:
             self.ends[module] = tuple(None for _ in others) if type(output) is tuple else None
 
     def cached(self) -> list[CachedSubmodule]:
-        """Return all cached submodules, the outermost first."""
         once = [m for m in self.around if m in self.ends and self.times[m] == self.times[self.linear] == 1]
         return [CachedSubmodule(module, self.linear, self.ends[module]) for module in once]
 
@@ -138,14 +136,8 @@ def observe(
     The record takes tokens times the widths of the stages. For the error target "residual_stream" alone, the inputs
     of the closing group are not kept.
     """
-    last_branch = next(
-        (
-            g
-            for g in layer.groups[-1:]
-            if "residual_stream" in error_targets and is_last_branch(layer, g, calls, batches)
-        ),
-        None,
-    )
+    closing = layer.groups[-1:] if "residual_stream" in error_targets else []
+    last_branch = next((group for group in closing if is_last_branch(layer, group, calls, batches)), None)
     asked = [g for g in layer.groups if g.token_aligned and (g is not last_branch or "operator" in error_targets)]
     inputs = {group: record() for group in asked}
     outputs, cached = record(), dict[Group, CachedSubmodule]()
@@ -205,7 +197,6 @@ class LastBranch(NamedTuple):
 
     @property
     def output(self) -> Tensor:
-        """The layer's output, if the group closes the layer."""
         return self.residual + self.branch.reshape(self.residual.shape)
 
 
@@ -223,9 +214,7 @@ def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tens
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
-    """Return inputs [samples tokens n] of a stage's groups with tokens, one sample if not aligned; the layer stops
-    there.
-    """
+    """Run the layer up to a stage: inputs [samples tokens n] of groups with tokens, one sample if not aligned."""
     seen: dict[Group, Tensor] = {}
     if not stage:
         return seen

@@ -65,7 +65,6 @@ class LayerContext:
 
     @property
     def is_last(self) -> bool:
-        """True if no layer waits for this layer's outputs."""
         following = self.number + 1
         return following == len(self.model.layers) or self.states.is_finished(following)
 

@@ -76,7 +76,6 @@ class FolderStore(AbstractStore):
 
     @contextmanager
     def scratch_folder(self, number: int) -> Iterator[Path]:
-        """Make an empty folder for the worker of a layer; gone afterwards."""
         place = self.folder / "scratch" / f"{number:05d}{self._mine}"
         shutil.rmtree(place, ignore_errors=True)  # of a worker that was killed
         with writing(place):
@@ -128,16 +127,13 @@ class FolderStore(AbstractStore):
         return {name: entry.read() for name, entry in self.entries(number).items()}
 
     def entries(self, number: int) -> dict[str, Entry]:
-        """Return the places of the tensors of the finished layer `number`."""
         return {name: e for name, e in entries(self._shard(number))[0].items() if not name.startswith(BLOCKS)}
 
     def blocks(self, number: int) -> dict[str, Entry]:
-        """Return the places of the bytes of operators on block grids, by name in their layer."""
         found = entries(self._shard(number))[0].items()
         return {name.removeprefix(BLOCKS): entry for name, entry in found if name.startswith(BLOCKS)}
 
     def kept(self, name: str) -> dict[str, Entry]:
-        """Return the places of tensors that `tensors_once` has kept; none if there are none."""
         path = self.folder / f"{name}.safetensors"
         return entries(path)[0] if path.is_file() else {}
 
@@ -176,7 +172,6 @@ class FolderStore(AbstractStore):
             model.load_state(model.layers[number], self.layer(number))
 
     def require_whole(self) -> None:
-        """Check that every layer is on the disk as written."""
         self.discard_damaged()
         if lost := [n for n in range(self.count) if not self._notes("layers", f"{n:05d}").exists()]:
             raise OutputError(
@@ -210,9 +205,7 @@ class FolderStore(AbstractStore):
         return self.folder / kind / f"{name}.json"
 
     def _is_used_up(self, number: int) -> bool:
-        """Return True if the hidden states before layer `number` can be deleted: it, and the layer before, are
-        finished.
-        """
+        """Return True if the hidden states before a layer can go: that layer and the layer before are done."""
         return self.is_finished(number) and (number == 0 or self.is_finished(number - 1))
 
     def _forget_hidden(self, number: int, stream: Stream) -> None:
@@ -226,9 +219,7 @@ class FolderStore(AbstractStore):
 
 
 class RankStore(FolderStore):
-    """A shared folder for ranks that prune a layer together: the first chooses and writes layers, all keep their
-    states.
-    """
+    """A shared folder for ranks that prune a layer together: the first chooses and writes, all keep their states."""
 
     def __init__(
         self, folder: Path, count: int, device: torch.device | str, ranks: ProcessGroup, room: Room | None = None

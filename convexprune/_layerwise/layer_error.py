@@ -48,11 +48,9 @@ class Kept:
         return torch.zeros_like(self._size)
 
     def weight(self, x: Tensor) -> Tensor:
-        """Return the weight [m n] in float32, differentiable."""
         return self.before.float() + self._size * x
 
     def stored(self, x: Tensor) -> Tensor:
-        """Return the weight [m n] as the model stores it."""
         return in_dtype(self.weight(x), self.before != 0, self.before, self.before.dtype)
 
 
@@ -108,11 +106,9 @@ class LayerError:
         return replace(self, operators=named, movable={o.name: each for o, each in movable.items()})
 
     def zero(self) -> Values:
-        """Return the values of the weights from before."""
         return {name: each.zero() for name, each in self.movable.items()}
 
     def stored(self, x: Values) -> Values:
-        """Return the weights as the model stores them."""
         return {name: each.stored(x[name]) for name, each in self.movable.items()}
 
     def relative(self, x: Values, numbers: Sequence[int]) -> float:
@@ -125,7 +121,6 @@ class LayerError:
         return error / energy if energy > 0 else 0.0
 
     def tokens(self, numbers: Sequence[int]) -> int:
-        """Return the number of tokens in some batches of all ranks."""
         return int(self.ranks.all_reduce(torch.tensor(sum(self.inputs[i].shape[:2].numel() for i in numbers))))
 
     def gradient(self, x: Values, numbers: Sequence[int]) -> tuple[Values, float]:
@@ -232,7 +227,6 @@ class Place:
         )
 
     def put(self, whole: Tensor, weight: Tensor) -> Tensor:
-        """Return the parameter with another weight in its place."""
         is_whole = self.view[:2] == (whole.shape, whole.stride())
         return weight if is_whole else whole.as_strided_scatter(weight, *self.view)
 

@@ -14,9 +14,7 @@ from convexprune._device.precision import widened
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Arguments of a decoder layer after the hidden states, recorded and replayed, without names, which releases
-    change.
-    """
+    """Arguments of a decoder layer after the hidden states, recorded and replayed without names, which change."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -70,7 +70,6 @@ class Stack:
 
     @cached_property
     def weight(self) -> Tensor:
-        """Return the dense weights [m n], in float32."""
         with self.context.with_dense([self.group]):
             return stack_of(self.group)
 
@@ -126,7 +125,6 @@ def in_dtype(weight: Tensor, mask: Tensor, before: Tensor, dtype: torch.dtype) -
 def stacks_of(
     context: LayerContext, settings: LayerSettings, group: Group, statistics: CalibrationStatistics
 ) -> Iterator[Stack]:
-    """Divide a group by pruner."""
     corrects = (
         settings.error_target == "residual_stream" and settings.correction > 0 and settings.quantizer.corrects_last
     )

@@ -45,8 +45,7 @@ class CorrectionTargets:
         return self._last_branch is not None and self._last_branch in stage
 
     def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
-        """Return the error [samples tokens n], or [samples tokens m] in output space, at x* of batch i, if there is
-        any.
+        """Return the error [samples tokens n], or [samples tokens m] in output space, at x* of batch i, if any.
 
         `output` is the layer's with x* and W, if the group is its last residual branch.
         """
@@ -60,12 +59,10 @@ class CorrectionTargets:
 
 
 def width(group: Group) -> int:
-    """Return n, the number of inputs."""
     return group.operators[0].shape[1]
 
 
 def height(group: Group) -> int:
-    """Return m, the number of outputs of all operators."""
     return sum(operator.shape[0] for operator in group.operators)
 
 
@@ -123,9 +120,7 @@ def _gather(
     shared: Mapping[int, CalibrationStatistics],
     kept: Mapping[Group, Recorded],
 ) -> Statistics:
-    """Run the layer up to a part of a stage; add up its inputs, and in `shared` by width those of all experts, if
-    any.
-    """
+    """Run the layer up to a part of a stage; add up its inputs, and those of all experts in `shared` by width."""
     layer, calls, inputs, observed = context.layer, context.calls, context.seen, context.observed
     batches = context.inputs[settings.prefix]
     before = [group for group in chain(*layer.stages[:number]) if group in observed.cached and group in inputs]

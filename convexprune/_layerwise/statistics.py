@@ -51,9 +51,7 @@ class CalibrationStatistics:
         return 3 * 4 * width * width
 
     def add(self, x: Tensor, lacking: Tensor | None, held_out: bool) -> None:
-        """Count inputs x* [samples tokens n] and errors, by sample to the half with fewer tokens; short samples
-        wait.
-        """
+        """Count inputs x* [samples tokens n] and errors, each sample in the half with fewer tokens; short ones wait."""
         for i in range(len(x)):
             half = int(self._dealt[0] > self._dealt[1])
             waiting = self._waiting[HELD_OUT if held_out else half]

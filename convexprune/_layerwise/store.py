@@ -53,9 +53,7 @@ class AbstractStore(AbstractStates):
 
 
 class MemoryStore(AbstractStore):
-    """The store of a worker that takes the layers in order; hidden states stay until used, or with `keep` for a way
-    back.
-    """
+    """The store of a worker that takes the layers in order; hidden states stay until used, or for a way back."""
 
     def __init__(self, numbers: Iterable[int], record: Callable[[], Recorded] = list, keep: bool = False) -> None:
         self._numbers, self._record, self._keep = tuple(numbers), record, keep

@@ -12,10 +12,8 @@ from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.measure import Measure
 from convexprune._layerwise.steps.observe import Observe, Remove
-from convexprune._layerwise.steps.prune import Prune
-from convexprune._layerwise.steps.quantize import Quantize
+from convexprune._layerwise.steps.prune import Prune, Quantize, Repair
 from convexprune._layerwise.steps.refine import Refine
-from convexprune._layerwise.steps.repair import Repair
 from convexprune._layerwise.store import BLOCKS, AbstractStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune.report import OnOperator, OperatorReport

@@ -18,9 +18,7 @@ from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps.measure import Measure
 from convexprune._layerwise.steps.observe import Observe
-from convexprune._layerwise.steps.prune import Prune
-from convexprune._layerwise.steps.quantize import Quantize
-from convexprune._layerwise.steps.repair import Repair
+from convexprune._layerwise.steps.prune import Prune, Quantize, Repair
 from convexprune.adapters import HuggingFaceModel
 from convexprune.constraints import Grid, Quantized, Unstructured
 from convexprune.errors import PruningError

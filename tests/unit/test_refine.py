@@ -14,12 +14,12 @@ from tiny_families import VOCABULARY, build_family
 from torch import Tensor, nn
 
 import convexprune
-from convexprune._layerwise import refining
 from convexprune._layerwise.layer_error import Kept, LayerError
 from convexprune._layerwise.model import Call
 from convexprune._layerwise.processes import ProcessGroup
-from convexprune._layerwise.refining import GaussNewton
 from convexprune._layerwise.settings import LayerSettings, Refinement
+from convexprune._layerwise.steps import refine as refining
+from convexprune._layerwise.steps.refine import GaussNewton
 from convexprune._rendering.facts import facts
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._discovery.operators import ParameterOperator, Place
