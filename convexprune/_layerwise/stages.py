@@ -13,7 +13,7 @@ from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
-from convexprune.core._moments import ErrorMoments
+from convexprune.core import ErrorMoments
 from convexprune.errors import ModelError
 
 

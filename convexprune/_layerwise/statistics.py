@@ -9,8 +9,7 @@ from torch import Tensor
 
 from convexprune._device.capabilities import is_host
 from convexprune._layerwise.processes import ProcessGroup
-from convexprune.core import Moments
-from convexprune.core._moments import ErrorMoments
+from convexprune.core import ErrorMoments, Moments
 from convexprune.errors import PruningError
 from convexprune.pruners import AbstractPruner
 

@@ -1,6 +1,5 @@
 """Shares of zeros as text and as budgets: how many units of a weight may be kept."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,19 +37,6 @@ def percent(share: float) -> str:
 def from_percent(text: str) -> float:
     """The share of a `text` of percent: "50" as 0.5."""
     return float(Decimal(text) / 100)
-
-
-def read_share(
-    kind: str, text: str, sparsity: float | None, quota: str, removed: str, numbered: bool = False
-) -> tuple[float | None, int | None]:
-    """Return the share of "heads 25%", None for a text of another kind, and the number of "columns:64 25%", if any."""
-    match = re.fullmatch(rf"{kind}(?::(\d{{1,9}}))?(?: ([\d.]+)%)?", text)
-    if match is None or (match[1] and not numbered):
-        return None, None
-    if quota != "matrix":
-        raise PatternError(f"Pattern {kind!r} removes {removed}. Leave quota out.")
-    share = from_percent(match[2]) if match[2] else 0.5 if sparsity is None else sparsity
-    return share, int(match[1]) if match[1] else None
 
 
 def shares_around(share: float, reach: float, step: float) -> list[float]:

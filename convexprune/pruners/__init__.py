@@ -1,14 +1,15 @@
 """Pruners by name. To add a pruner: a file here and a line in `PRUNERS`."""
 
 from convexprune.pruners._admm import ADMM
-from convexprune.pruners._base import AbstractPruner, Damping, LayerEdit, LayerProblem, Score
+from convexprune.pruners._base import AbstractPruner, Damping, LayerEdit, LayerProblem, Score, unchanged
 from convexprune.pruners._baselines.alps import ALPS
 from convexprune.pruners._baselines.fistapruner import FISTAPruner
 from convexprune.pruners._baselines.osscar import OSSCAR
 from convexprune.pruners._baselines.scores import REAP, Magnitude, ShortGPT, Wanda, WandaSP
 from convexprune.pruners._baselines.sparsegpt import SparseGPT
 from convexprune.pruners._convex import Convex
-from convexprune.pruners._refit import Refitted
+from convexprune.pruners._damped import choose_damping, damped
+from convexprune.pruners._refit import Refitted, refitted
 
 PRUNERS: dict[str, type[AbstractPruner]] = {
     "admm": ADMM,

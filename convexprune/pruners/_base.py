@@ -34,7 +34,7 @@ class LayerProblem:
 
     @cached_property
     def gram(self) -> Tensor:
-        """H [n n]; problems with equal inputs share the matrix (`_on_the_same_inputs`)."""
+        """H [n n]; problems with equal inputs share the matrix."""
         return self.moments.gram
 
     @cached_property
@@ -61,47 +61,18 @@ class LayerProblem:
         """Mask [n] of inputs that are always zero: their weights change no output."""
         return self.moments.sum.diagonal() == 0
 
-    def with_dead_inputs_filled(self) -> "LayerProblem":
-        """Return the problem in which dead inputs have a mean input's energy, and weights of zero (SparseGPT)."""
-        moments = self.moments.with_dead_inputs_filled(self.weight)
-        return replace(self, weight=self.weight.masked_fill(self.dead, 0), moments=moments)
-
     def operators(self) -> list["LayerProblem"]:
         """Split the stack into a problem per operator."""
         return [self.rows(rows, own) for rows, own in self.pattern.parts(len(self.weight))]
 
     def scaled(self, factors: Tensor | None) -> "LayerProblem":
-        """Return the problem in which an output's error counts times the square of the output's factor.
-
-        Rows then compete differently under a quota of the whole matrix. A row's best weights on a support stay the
-        same; so does everything where rows, or groups of N:M, have separate quotas.
-
-        Args:
-            factors: [m]; None means ones.
-
-        Returns:
-            The problem.
-        """
+        """Return the problem in which errors of outputs count by the square of their `factors` [m]; None: alike."""
+        # Rows compete differently under a quota of the whole matrix. The best weights on a support stay the same.
         if factors is None:
             return self
         weight = self.weight * factors.to(self.weight)[:, None]
         moments, folds = self.moments.scaled(factors), tuple(fold.scaled(factors) for fold in self.folds)
         return self._on_the_same_inputs(replace(self, weight=weight, moments=moments, folds=folds))
-
-    def unscaled(self, weight: Tensor, factors: Tensor | None) -> Tensor:
-        """Undo the row scaling of a weight; unchanged entries come back bit-identical.
-
-        Args:
-            weight: [m n] of the scaled problem.
-            factors: [m]; None means ones.
-
-        Returns:
-            The weight [m n] of this problem.
-        """
-        if factors is None:
-            return weight
-        same = weight == self.weight * factors.to(self.weight)[:, None]
-        return self.weight.where(same, weight / factors.to(weight)[:, None])
 
     def rows(self, chosen: Tensor | slice, pattern: Constraint) -> "LayerProblem":
         """Return the problem of selected rows.
@@ -175,6 +146,10 @@ class LayerEdit:
         return self.other_products + sum(solution.products for solution in self.solutions)
 
 
+def unchanged(problem: LayerProblem) -> LayerEdit:
+    return LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
+
+
 def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
     """Return the dense weight projected on the pattern, in a metric [n]."""
     mask = problem.pattern.mask(sizes(problem.weight, metric))
@@ -191,8 +166,11 @@ Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
 
 
 def filled(problem: LayerProblem) -> LayerProblem:
-    """Return the `problem` in which every input has energy: itself, or `LayerProblem.with_dead_inputs_filled`."""
-    return problem.with_dead_inputs_filled() if bool(problem.dead.any()) else problem
+    """Return the problem in which dead inputs have a mean input's energy, and weights of zero (SparseGPT)."""
+    if not bool(problem.dead.any()):
+        return problem
+    moments = problem.moments.with_dead_inputs_filled(problem.weight)
+    return replace(problem, weight=problem.weight.masked_fill(problem.dead, 0), moments=moments)
 
 
 def with_dead_weights(problem: LayerProblem, found: LayerEdit) -> LayerEdit:
@@ -203,8 +181,8 @@ def with_dead_weights(problem: LayerProblem, found: LayerEdit) -> LayerEdit:
 def dead_inputs_first(prune: Prune) -> Prune:
     """Make a method prune the weights on inputs that are always zero (H_jj = 0) first.
 
-    The method sees the problem `LayerProblem.with_dead_inputs_filled`. If the pattern keeps such a weight, because it
-    asks for fewer zeros, the weight keeps its dense value.
+    The method sees the `filled` problem. If the pattern keeps such a weight, because it asks for fewer zeros, the
+    weight keeps its dense value.
     """
 
     @wraps(prune)
@@ -218,20 +196,16 @@ def dead_inputs_first(prune: Prune) -> Prune:
 
 
 class AbstractPruner(ABC):
-    """Settings of a pruner, a dataclass.
-
-    Raises:
-        RecipeError: a setting has a wrong type, or is out of range.
-    """
+    """Settings of a pruner, a dataclass; a setting of a wrong type, or out of range, is a `RecipeError`."""
 
     columns_only: ClassVar[bool] = False
-    """Whether it can do nothing but remove whole columns."""
+    """True if the pruner can only remove whole columns."""
     one_by_one: ClassVar[bool] = False
-    """Whether it decides about column after column, and cannot remove blocks of them."""
+    """True if the pruner decides about column after column, and cannot remove blocks of columns."""
     whole_only: ClassVar[str | None] = None
-    """The parts of a model, "layers" or "experts", that it can do nothing but remove whole; None: it can do more."""
+    """The parts of a model, "layers" or "experts", that the pruner can only remove whole; None: it can do more."""
     side_by_side: ClassVar[bool] = False
-    """Whether `prune_all` is more than one after another."""
+    """True if `prune_all` is more than one after another."""
     scores: ClassVar[Mapping[str, Score]] = {}
     """What whole "layers" and "experts" are chosen by where they are removed; it cannot choose others."""
 

@@ -47,9 +47,6 @@ class Convex(AbstractSearch):
         envelopes: number of envelopes.
         reach: length of the gradient step of the scores.
         choices: largest number of choices to try singly; half of 8 leaves 70.
-
-    Raises:
-        UnsupportedError: `solver` does not take an L1 penalty, or `refit` a support.
     """
 
     side_by_side: ClassVar[bool] = True
@@ -140,7 +137,5 @@ def _ahead(
 
 @fused
 def _strengths(scores: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
-    """Return c t exp(-(S / t)^2). Beyond 8 t the value is exp(-64): practically zero, because denormal numbers are
-    slow.
-    """
+    """Return c t exp(-(S / t)^2); beyond 8 t the value is exp(-64), practically zero: denormal numbers are slow."""
     return (scores / threshold).square_().clamp_max_(64).neg_().exp_().mul_(strength * threshold)

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from convexprune.core import Quadratic
-from convexprune.core._moments import sampling_noise
-from convexprune.core._symmetric import definite_inverse
+from convexprune.core import Quadratic, definite_inverse, sampling_noise
 from convexprune.pruners._base import Damping, LayerProblem
 
 EIGENVALUE_KNEE = 0.1

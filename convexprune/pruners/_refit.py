@@ -10,8 +10,7 @@ from torch import Tensor
 
 from convexprune._setting_types import NotNegative
 from convexprune.constraints import Constraint
-from convexprune.core import Problem, Quadratic, Support
-from convexprune.core._symmetric import cholesky
+from convexprune.core import Problem, Quadratic, Support, cholesky
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, Score
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.solvers import AbstractSolver, Solution
@@ -28,9 +27,6 @@ class Refitted(AbstractPruner):
         refit: the solver of the values.
         damping: damping of the refit alone: 0 is plain least squares, None follows the sample's noise
             (`choose_damping`).
-
-    Raises:
-        UnsupportedError: `refit` does not take a support.
     """
 
     pruner: AbstractPruner

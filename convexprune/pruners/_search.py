@@ -9,8 +9,7 @@ from torch import Tensor
 
 from convexprune._setting_types import NotNegative
 from convexprune.constraints import Constraint, Stacked
-from convexprune.core import Quadratic, Support
-from convexprune.core._side_by_side import SideBySide
+from convexprune.core import Quadratic, SideBySide, Support
 from convexprune.pruners._base import (
     AbstractPruner,
     Damping,

@@ -9,8 +9,7 @@ from torch import Tensor
 from convexprune._setting_types import NotNegative, Whole
 from convexprune.constraints import Codebook, OnGrid, Scales
 from convexprune.core import Quadratic
-from convexprune.pruners import LayerEdit, LayerProblem
-from convexprune.pruners._damped import choose_damping, damped
+from convexprune.pruners import LayerEdit, LayerProblem, choose_damping, damped
 from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 

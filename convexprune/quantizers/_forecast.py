@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Codebook, Constraint, OnGrid, entropy
-from convexprune.pruners import LayerProblem
-from convexprune.pruners._damped import choose_damping, damped
+from convexprune.pruners import LayerProblem, choose_damping, damped
 from convexprune.quantizers._passes import Sweep
 
 ROWS = 64  # that are swept, at least

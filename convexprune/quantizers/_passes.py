@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import OnGrid, divisible
-from convexprune.core._symmetric import definite_factor, upper_factor
+from convexprune.core import definite_factor, upper_factor
 
 SWEPT, EXCHANGED = 128, 64  # columns between two products
 

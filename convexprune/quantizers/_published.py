@@ -8,7 +8,7 @@ from torch import Tensor
 
 from convexprune._setting_types import NotNegative
 from convexprune.constraints import Codebook, OnGrid, Scales
-from convexprune.core._symmetric import ridged
+from convexprune.core import ridged
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._passes import Sweep, minimizer

@@ -9,6 +9,7 @@ from torch import Tensor
 from convexprune.constraints import Constraint, SemiStructured, Unstructured
 from convexprune.core._moments import Moments
 from convexprune.pruners import PRUNERS, Convex, Damping, LayerProblem, Refitted, SparseGPT
+from convexprune.pruners._base import filled
 
 ROWS, INPUTS = 16, 40
 LOOKING = sorted(PRUNERS.keys() - {"magnitude"})  # which does not look at the inputs
@@ -84,7 +85,7 @@ def test_what_a_dead_input_brings_in_the_dense_network_is_still_made_up_for():
     dense = inputs + 0.3 * random(21, *inputs.shape)
     problem = posed(weight, inputs, Unstructured(0.5), dense)
     trial = weight + random(22, *weight.shape)
-    found = problem.with_dead_inputs_filled().squared_error(trial.masked_fill(dead, 0))
+    found = filled(problem).squared_error(trial.masked_fill(dead, 0))
     torch.testing.assert_close(found, problem.squared_error(trial))
     targets = dense @ weight.T
     torch.testing.assert_close(found, (inputs @ trial.T - targets).square().mean(0))

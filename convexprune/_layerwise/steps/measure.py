@@ -10,11 +10,9 @@ from torch import Tensor
 from convexprune._layerwise.pipeline import AbstractStackStep, Stack
 from convexprune._layerwise.stages import stack_of
 from convexprune.constraints import Constraint
-from convexprune.core import Moments, Quadratic
-from convexprune.core._bound import LowerBound, PruningBound
+from convexprune.core import LowerBound, Moments, PruningBound, Quadratic
 from convexprune.errors import PruningError
-from convexprune.pruners import Damping, LayerEdit, LayerProblem
-from convexprune.pruners._damped import damped
+from convexprune.pruners import Damping, LayerEdit, LayerProblem, damped
 from convexprune.report import OnOperator, OperatorReport
 
 QUICK = LowerBound(rounds=2, iterations=10, last_iterations=20, barriers=(1.0, 0.1), per_row=False)

@@ -9,9 +9,7 @@ from torch import Tensor
 from convexprune._device.precision import certifying_in, solving_in
 from convexprune._layerwise.pipeline import AbstractStackStep, Stack
 from convexprune._layerwise.steps.measure import errors_elsewhere
-from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
-from convexprune.pruners._damped import damped
-from convexprune.pruners._refit import refitted
+from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem, damped, refitted, unchanged
 from convexprune.solvers._cg import ConjugateGradient
 
 ATTEMPTS, STRONGER = 3, 10  # of repairs
@@ -44,16 +42,17 @@ def solved(
     edits = iter(pruner.prune_all(scaled))
     del scaled
     return [
-        _as_in_model(problem, next(edits), each)
-        if is_changed
-        else LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
+        _as_in_model(problem, next(edits), each) if is_changed else unchanged(problem)
         for problem, each, is_changed in zip(problems, factors, changed, strict=True)
     ]
 
 
 def _as_in_model(problem: LayerProblem, pruned: LayerEdit, factors: Tensor | None) -> LayerEdit:
-    """Undo the scaling of rows, and the change of operators that have no zeros to place."""
-    dense, weight = problem.weight, problem.unscaled(pruned.weight, factors)
+    """Undo the scaling of rows, bit by bit where entries did not change, and operators without zeros to place."""
+    dense, weight = problem.weight, pruned.weight
+    if factors is not None:
+        same = weight == dense * factors.to(dense)[:, None]
+        weight = dense.where(same, weight / factors.to(weight)[:, None])
     parts = problem.pattern.parts(len(dense))
     changed = [(weight if own.zeros(*dense[rows].shape) or own.compensates else dense)[rows] for rows, own in parts]
     return replace(pruned, weight=torch.cat(changed))

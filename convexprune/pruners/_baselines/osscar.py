@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import NotNegative
-from convexprune.core._symmetric import definite_factor, definite_inverse, ridged
+from convexprune.core import definite_factor, definite_inverse, ridged
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 
 LEAST = 1e-9  # relative: what an exchange has to gain, beyond rounding

@@ -7,7 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, Score, dead_inputs_first, projected
+from convexprune.pruners._base import (
+    AbstractPruner,
+    LayerEdit,
+    LayerProblem,
+    Score,
+    dead_inputs_first,
+    projected,
+    unchanged,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class REAP(AbstractPruner):
     scores: ClassVar[Mapping[str, Score]] = {"experts": "reap"}
 
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        return LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
+        return unchanged(problem)
 
 
 @dataclass(frozen=True)
@@ -88,4 +96,4 @@ class ShortGPT(AbstractPruner):
     scores: ClassVar[Mapping[str, Score]] = {"layers": "influence"}
 
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        return LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
+        return unchanged(problem)

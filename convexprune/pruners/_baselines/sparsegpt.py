@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexprune._setting_types import Count, NotNegative
 from convexprune.constraints import Constraint
-from convexprune.core._symmetric import ridged, upper_factor
+from convexprune.core import ridged, upper_factor
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 
 
