@@ -122,7 +122,7 @@ class _Squares:
         for name, block in blocks:
             self._blocks.setdefault(name, []).append(block)
         self._seen = dict[str, Tensor]()  # inputs of experts, until their gradients come
-        self._waiting = set[str]()
+        self.waiting = set[str]()  # operators of the forward pass without a gradient yet
 
     def reads(self, pile: str) -> bool:
         """Return True if inputs of a stack of experts, by its "layer.path", are requested."""
@@ -139,27 +139,23 @@ class _Squares:
             for block in self._blocks[name]:
                 total = self.inputs[name, block]
                 total += each.unflatten(1, (-1, block)).sum(2).square().sum(0, dtype=torch.float64).to(total.device)
-        self._waiting.discard(name)
+        self.waiting.discard(name)
 
     def watch(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._waiting.add(name)
+        self.waiting.add(name)
         output.register_hook(partial(self.add, name, inputs[0].detach() if name in self._blocks else None))
 
     def see(self, pile: str, product: Product) -> None:
         """Take a product of a stack of experts, by its "layer.path", in the forward pass."""
-        name = Place(pile, product.slice.parameter, product.slice.index).name
+        name = Place(pile, *product.expert).name
         if name in self._blocks:
             self._seen[name] = product.inputs.detach()
 
     def hear(self, pile: str, product: Product) -> None:
         """Take a product of a stack of experts, by its "layer.path", in the backward pass."""
-        name = Place(pile, product.slice.parameter, product.slice.index).name
+        name = Place(pile, *product.expert).name
         if name in self.sums:
             self.add(name, self._seen.pop(name, None), product.inputs)
-
-    def require_all(self) -> None:
-        if self._waiting:
-            raise RuntimeError(f"no gradient reaches the outputs of {min(self._waiting)}.")
 
 
 class _Backward:
@@ -182,7 +178,8 @@ class _Backward:
                     for name, pile in experts.items():
                         heard.enter_context(pile.hooked_backward(partial(self._squares.hear, name)))
                     before.append(torch.autograd.grad(output, hidden, gradient)[0])
-                self._squares.require_all()
+                if waiting := self._squares.waiting:
+                    raise RuntimeError(f"no gradient reaches the outputs of {min(waiting)}.")
         self.gradients = before
 
     def _watch(self, layer: DecoderLayer, hooks: ExitStack) -> dict[str, FusedExperts]:

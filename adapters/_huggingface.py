@@ -17,7 +17,7 @@ from ._checkpoints.origin import Origin, OriginalState, origin_of_loaded, used_a
 from ._checkpoints.shards import Shards
 from ._discovery.discovery import discover
 from ._discovery.family import decoder_layers, positions
-from ._discovery.operators import Layout, computes_on, put, tensor_of
+from ._discovery.operators import computes_on, put, tensor_of
 from ._discovery.passes import CallRecorder, entering, logits_at, pieces, standing_in
 from ._discovery.probing import ProbedModel, of_each_kind, refuse_looking_ahead, refuse_other_replays
 from ._discovery.selection import left_alone
@@ -70,14 +70,16 @@ class HuggingFaceModel(ProbedModel):
             with told_if_mixed(model):
                 refuse_other_replays(self)
                 refuse_looking_ahead(self)
-                self._layouts = self._look_at_layers()
+                found = of_each_kind(self, lambda layer, call, hidden: discover(layer.module, call, hidden))
+                self._layouts = {layer.name: layout for layer, layout in zip(self.layers, found, strict=True)}
             self.choose(targets, ignore)
             refused.pop_all()
 
     def choose(self, targets: Sequence[str], ignore: Sequence[str] = (), **reason: str) -> None:
         """Choose the operators to prune, by patterns of `left_alone`; a `reason` is named `because`, as there."""
         reasons = left_alone(self.model, self._layouts, targets, ignore, **reason)
-        self.layers = [_bound(layer, self._layouts[layer.name], reasons) for layer in self.layers]
+        left = reasons.keys()
+        self.layers = [self._layouts[layer.name].bind(layer.name, layer.module, left) for layer in self.layers]
         self.left_alone = list(reasons.items())
 
     @contextmanager
@@ -185,11 +187,6 @@ class HuggingFaceModel(ProbedModel):
         batch = self.probe_tokens()
         return self.first_inputs(batch), self.calls(batch)
 
-    def _look_at_layers(self) -> dict[str, Layout]:
-        """Return the layout of layers by name; equal layers are watched once."""
-        found = of_each_kind(self, lambda layer, call, hidden: discover(layer.module, call, hidden))
-        return {layer.name: layout for layer, layout in zip(self.layers, found, strict=True)}
-
     def pieces(self, batch: Tensor) -> tuple[Tensor, ...]:
         """Return the positions that predict a token of `batch` [batch tokens], in pieces for logits."""
         return pieces(self.model, batch)
@@ -214,7 +211,3 @@ class HuggingFaceModel(ProbedModel):
         """Return the inputs of the head: `hidden` [batch tokens hidden] after the final norm."""
         with standing_in(self.layers, lambda *_, **__: self._recorder.returned(hidden)):
             return self.forward(batch)
-
-
-def _bound(layer: DecoderLayer, layout: Layout, reasons: Mapping[str, str]) -> DecoderLayer:
-    return layout.bind(layer.name, layer.module, lambda place: f"{layer.name}.{place.name}" not in reasons)

@@ -45,7 +45,8 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
     if "quantization_config" in vars(inner.config):
         delattr(inner.config, "quantization_config")
     # What is offloaded is on the meta device in the model's own state.
-    whole = {name: tensor_of(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
+    is_offloaded = any(offloaded(module) is not None for module in inner.modules())
+    whole = {name: tensor_of(inner, name) for name in inner.state_dict()} if is_offloaded else None
     with _valid_generation(inner, model.name):
         inner.save_pretrained(folder, state_dict=whole)
     if model.tokenizer is not None:
@@ -120,10 +121,6 @@ def pruned_entries(
     layers = enumerate(model.layers)
     found = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
     return found if narrowed is None else narrowed.entries(found)
-
-
-def _is_offloaded(model: PreTrainedModel) -> bool:
-    return any(offloaded(module) is not None for module in model.modules())
 
 
 def _reordered(orders: Iterable[tuple[Axis, list[int]]], tensor: Tensor) -> Tensor:

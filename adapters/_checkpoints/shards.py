@@ -145,13 +145,9 @@ class Shards:
         write_tensors(target, specs, lambda n: casts[n][1](), self._metadata[path])
         return sum(spec.nbytes for spec in specs.values())
 
-    @property
-    def _companions(self) -> dict[Path, str]:
-        """Return the files to copy beside the weights, with the names of the copies."""
-        return {path: result_name(path.name) for path in companions(self.folder, self.trusted)}
-
     def _copy_companions(self, target: Path) -> None:
-        for path, name in self._companions.items():
+        for path in companions(self.folder, self.trusted):
+            name = result_name(path.name)
             if not self.trusted and path.suffix == ".json" and b'"auto_map"' in path.read_bytes():
                 write_settings(target / name, self._settings(path))
             else:
@@ -241,7 +237,9 @@ def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: st
                 raise NotStreamable(f"{alias} is {list(stored[alias].spec.shape)}, the model's {list(tensor.shape)}")
             names[name] = alias
             twin = filled.setdefault(id(parameters.get(name, tensor)), name)
-            if twin != name and (name.startswith(f"{inside}.") or not _equal(stored[alias], stored[names[twin]])):
+            one, other = stored[alias], stored[names[twin]]
+            are_equal = one is other or (one.spec == other.spec and one.read_bytes() == other.read_bytes())
+            if twin != name and (name.startswith(f"{inside}.") or not are_equal):
                 raise NotStreamable(f"{name} and {twin} are tied, but stored apart")
     for name, tensor in model.state_dict().items():
         if name not in names and (id(parameters.get(name, tensor)) not in filled or name.startswith(f"{inside}.")):
@@ -258,7 +256,3 @@ def stored_as(stored: str, name: str, new: str) -> str:
     if len(found) != 2:
         raise ModelError(f"The checkpoint stores {name} as {stored}, from which the number of its layer is not clear.")
     return f".{before}.{now}.".join(found).removeprefix(".")
-
-
-def _equal(one: Entry, other: Entry) -> bool:
-    return one.spec == other.spec and one.read_bytes() == other.read_bytes()

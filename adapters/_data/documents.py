@@ -32,11 +32,9 @@ class Documents(NamedTuple):
 
 
 def is_conversation(row: Any) -> bool:
-    return isinstance(row, Sequence) and not isinstance(row, str) and len(row) > 0 and all(map(_is_message, row))
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, Mapping) and all(isinstance(message.get(field), str) for field in FIELDS)
+    if not isinstance(row, Sequence) or isinstance(row, str) or not row:
+        return False
+    return all(isinstance(each, Mapping) and all(isinstance(each.get(field), str) for field in FIELDS) for each in row)
 
 
 def _rendered(conversation: Any, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -133,31 +131,30 @@ class Corpus:
 
     repository: str
     revision: str  # the commit, or a branch where there is only that
-    calibration: str  # path of the file to calibrate on
-    evaluation: str  # path of the file to evaluate on
+    files: Mapping[Split, str]  # paths in the repository: no file is both calibrated and evaluated on
     column: str
     separator: str
     rows: Mapping[Split, int] = field(default_factory=dict)  # texts in a file, where the revision is only a branch
-
-    def file(self, split: Split) -> str:
-        """The path in the repository for a `split`: no file is both calibrated and evaluated on."""
-        return self.calibration if split == "calibration" else self.evaluation
 
 
 CORPORA = {
     "c4": Corpus(
         repository="allenai/c4",
         revision="607bd4c8450a42878aa9ddc051a65a055450ef87",
-        calibration="en/c4-train.00000-of-01024.json.gz",
-        evaluation="en/c4-validation.00000-of-00008.json.gz",
+        files={
+            "calibration": "en/c4-train.00000-of-01024.json.gz",
+            "evaluation": "en/c4-validation.00000-of-00008.json.gz",
+        },
         column="text",
         separator="\n\n",
     ),
     "wikitext2": Corpus(
         repository="Salesforce/wikitext",
         revision="b08601e04326c79dfdd32d625aee71d232d685c3",
-        calibration="wikitext-2-raw-v1/train-00000-of-00001.parquet",
-        evaluation="wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        files={
+            "calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
+            "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        },
         column="text",
         separator="\n\n",
     ),
@@ -166,8 +163,10 @@ CORPORA = {
     "ptb": Corpus(
         repository="ptb-text-only/ptb_text_only",
         revision="refs/convert/parquet",
-        calibration="penn_treebank/train/0000.parquet",
-        evaluation="penn_treebank/test/0000.parquet",
+        files={
+            "calibration": "penn_treebank/train/0000.parquet",
+            "evaluation": "penn_treebank/test/0000.parquet",
+        },
         column="sentence",
         separator=" ",  # as in the published perplexities
         rows={"calibration": 42068, "evaluation": 3761},  # as the card of the data set says
@@ -194,7 +193,7 @@ def hub_documents(
             rows = datasets.load_dataset(
                 corpus.repository,
                 revision=corpus.revision,
-                data_files={"train": corpus.file(split)},
+                data_files={"train": corpus.files[split]},
                 split="train",
                 verification_mode="no_checks",
             )

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from convexprune._device.precision import widened
 from convexprune._progress import Step, begin
@@ -31,24 +31,14 @@ def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, s
         raise CalibrationError(f"A sampled window starts from one given token, so it needs 2 or more; got {length}.")
     random_seed = {"calibration": 2 * seed, "evaluation": 2 * seed + 1, "held-out": -1 - seed}[split]
     device = model.device
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_rng_type(device)):
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=kind):
         torch.manual_seed(random_seed)
         start = _first_token(model)
         rows = max(1, BATCH_TOKENS // length)
         sizes = [min(rows, num_samples - done) for done in range(0, num_samples, rows)]
         step = begin(f"writing {num_samples:,} samples of text for {split}", len(sizes) * (length - 1))
         return torch.cat([_sample(model, start, size, length, step) for size in sizes])
-
-
-class _ProgressReport(StoppingCriteria):
-    """A stopping criterion that never stops: transformers calls it once per token, and it reports progress."""
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        self._step("")
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _sample(model: HuggingFaceModel, start: int, rows: int, length: int, step: Step) -> Tensor:
@@ -63,13 +53,16 @@ def _sample(model: HuggingFaceModel, start: int, rows: int, length: int, step: S
         pad_token_id=start,  # never used, but asked for
     )
     prompt = torch.full((rows, 1), start, device=model.device)
+
+    def report(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Report progress: transformers calls a stopping criterion once per token. Never stop."""
+        step("")
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     # What a generation config leaves open is filled from the model's own: penalties, suppressed tokens, its end token.
     own, inner.generation_config = inner.generation_config, config
     try:
-        given: dict[str, Any] = {
-            "generation_config": config,
-            "stopping_criteria": StoppingCriteriaList([_ProgressReport(step)]),
-        }
+        given: dict[str, Any] = {"generation_config": config, "stopping_criteria": StoppingCriteriaList([report])}
         with widened(model.device, inner.dtype, rows):
             return inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **given).cpu()
     finally:
@@ -84,7 +77,3 @@ def _first_token(model: HuggingFaceModel) -> int:
         if token is not None and 0 <= token < model.vocab_size:
             return token
     return int(torch.randint(model.vocab_size, ()))
-
-
-def _rng_type(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type

@@ -60,7 +60,7 @@ def watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place
             elif fused_parameters(module):
 
                 def hook(product: Product, path: str = path) -> Callable[[Tensor], Tensor] | None:
-                    place = Place(path, product.slice.parameter, product.slice.index, product.transposed)
+                    place = Place(path, *product.expert, product.transposed)
                     seen.add(place, product.inputs)
                     return _other if place in changed else None
 

@@ -10,20 +10,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-@dataclass(frozen=True)
-class ExpertIndex:
-    """An expert: matrix number `index` of the fused parameter `parameter`."""
-
-    parameter: str
-    index: int
+ExpertIndex = tuple[str, int]
+"""An expert: the name of a fused parameter, and the number of a matrix in the parameter."""
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """The product W x of expert `slice` with `inputs` x [tokens n]; `transposed` if the parameter stores W' [n m]."""
+    """The product W x of an expert with `inputs` x [tokens n]; `transposed` if the parameter stores W' [n m]."""
 
-    slice: ExpertIndex
+    expert: ExpertIndex
     inputs: Tensor
     transposed: bool
 
@@ -48,7 +43,8 @@ class FusedExperts:
         """Call `hook` with the products of an expert, or of all, in this context."""
         with ExitStack() as cleaning:
             if not self.hooks:
-                self._watch(cleaning)
+                cleaning.enter_context(self.looped())
+                self._run_inside(_Products, cleaning)
             hooks = self.hooks.setdefault(expert, [])
             hooks.append(hook)
             try:
@@ -80,10 +76,6 @@ class FusedExperts:
         with _Products(FusedExperts(self.module, {None: [hook]})):
             yield
 
-    def _watch(self, cleaning: ExitStack) -> None:
-        cleaning.enter_context(self.looped())
-        self._run_inside(_Products, cleaning)
-
     def _run_inside(self, mode: Callable[["FusedExperts"], AbstractContextManager[Any]], cleaning: ExitStack) -> None:
         modes: list[AbstractContextManager[Any]] = []
 
@@ -100,10 +92,10 @@ class FusedExperts:
 
 @dataclass(frozen=True, eq=False)
 class ExpertInput:
-    """The input hook of expert `slice` of the fused `experts`."""
+    """The input hook of an expert of fused `experts`."""
 
     experts: FusedExperts
-    slice: ExpertIndex
+    expert: ExpertIndex
 
     @property
     def module(self) -> nn.Module:
@@ -111,7 +103,7 @@ class ExpertInput:
 
     @contextmanager
     def __call__(self, heard: Callable[[Tensor], None]) -> Iterator[None]:
-        with self.experts.hooked(lambda product: heard(product.inputs), self.slice):
+        with self.experts.hooked(lambda product: heard(product.inputs), self.expert):
             yield
 
 
@@ -150,7 +142,7 @@ class _Products(TorchDispatchMode):
             product = self._product(args[1], args[2])
         replies = []
         if product is not None:
-            for key in (None, product.slice):
+            for key in (None, product.expert):
                 replies += [hook(product) for hook in self.experts.hooks.get(key, ())]
         output = func(*args, **(kwargs or {}))
         for change in replies:
@@ -163,7 +155,7 @@ class _Products(TorchDispatchMode):
             index, within = divmod(matrix.data_ptr() - whole.data_ptr(), whole.stride(0) * whole.element_size())
             if not within and 0 <= index < len(whole) and matrix.numel() == whole[0].numel() and len(x):
                 # A row [n] of W is contiguous as stored; if the weights of an output are not, it is W' that is stored.
-                return Product(ExpertIndex(name, index), x, transposed=matrix.stride(0) != 1)
+                return Product((name, index), x, transposed=matrix.stride(0) != 1)
         return None
 
 

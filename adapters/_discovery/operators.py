@@ -1,6 +1,6 @@
 """Linear maps as views of the parameters that hold them, and the layout of a kind of decoder layer by such maps."""
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Container, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer, Group, ModuleInput
 from convexprune.errors import ModelError
 
-from .experts import ExpertIndex, ExpertInput, FusedExperts, fused_parameters
+from .experts import ExpertInput, FusedExperts, fused_parameters
 
 LINEAR_MODULES = (nn.Linear, Conv1D)
 """The modules that are one linear map each."""
@@ -163,19 +163,20 @@ class Layout:
     def places(self) -> list[Place]:
         return [place for stage in self.stages for spec in stage for place in spec.places]
 
-    def bind(self, name: str, module: nn.Module, wanted: Callable[[Place], bool]) -> DecoderLayer:
+    def bind(self, name: str, module: nn.Module, left_alone: Container[str] = ()) -> DecoderLayer:
+        """Return a layer of this kind, by its name, without operators that are `left_alone`."""
         watched = {path: FusedExperts(inner) for path, inner in module.named_modules() if fused_parameters(inner)}
 
         def group(spec: GroupSpec, kept: tuple[Place, ...]) -> Group:
             operators = tuple(ParameterOperator(module.get_submodule(place.module), place) for place in kept)
             if kept[0].index is None:
                 return Group(operators, ModuleInput(operators[0].module), spec.token_aligned)
-            input_hook = ExpertInput(watched[kept[0].module], ExpertIndex(kept[0].parameter, kept[0].index))
+            input_hook = ExpertInput(watched[kept[0].module], (kept[0].parameter, kept[0].index))
             return Group(operators, input_hook, spec.token_aligned)
 
         stages = []
         for stage in self.stages:
-            kept = [(spec, tuple(place for place in spec.places if wanted(place))) for spec in stage]
+            kept = [(spec, tuple(p for p in spec.places if f"{name}.{p.name}" not in left_alone)) for spec in stage]
             stages.append(tuple(group(spec, places) for spec, places in kept if places))
         return DecoderLayer(name, module, tuple(stage for stage in stages if stage))
 

@@ -131,7 +131,7 @@ def _span(parameter: Tensor) -> tuple[str, int, int]:
     return str(parameter.device), start, start + (last + 1) * parameter.element_size()
 
 
-def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[str]:
+def _matches(patterns: Sequence[str], names: Mapping[str, tuple[str, ...]], told: str = "") -> set[str]:
     """Return the whole names that match any pattern; a pattern without a match is an error in spelling."""
     if isinstance(patterns, str):
         raise RecipeError(f"Targets and ignore are lists of names; got the text {patterns!r}. Write [{patterns!r}].")
@@ -140,7 +140,8 @@ def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[
         matches = matcher(pattern)
         found = {whole for whole, aliases in names.items() if any(map(matches, aliases))}
         if not found:
-            raise ModelError(unknown("operator", pattern, _examples(names.values())))
+            short = {alias for _, *aliases in names.values() for alias in aliases}  # of the many layers
+            raise ModelError(told + unknown("operator", pattern, short))
         matched |= found
     return matched
 
@@ -178,11 +179,6 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     return matches
 
 
-def _examples(names: Iterable[tuple[str, ...]]) -> set[str]:
-    """Return enough names to show the spelling: of the many layers only relative names."""
-    return {alias for _, *short in names for alias in short}
-
-
 def with_rules(settings: LayerSettings, recipe: Recipe, layers: Sequence[DecoderLayer]) -> LayerSettings:
     found, built = rule_of(recipe.rules, layers), recipe.build_rules()
     return replace(
@@ -198,7 +194,7 @@ def rule_of(rules: Sequence[Rule], layers: Sequence[DecoderLayer]) -> Mapping[st
     names = {f"{layer.name}.{o.name}": tuple(_names(layer.name, o.name)) for layer in layers for o in layer.operators}
     found: dict[str, int] = {}
     for number, rule in enumerate(rules):
-        matched = {whole for target in rule.targets for whole in _matched(target, names)}
+        matched = _matches(rule.targets, names, "A rule is about no operator that is pruned. ")
         if matched <= found.keys():
             earlier = sorted({found[name] + 1 for name in matched})
             raise RecipeError(
@@ -207,17 +203,6 @@ def rule_of(rules: Sequence[Rule], layers: Sequence[DecoderLayer]) -> Mapping[st
             )
         found |= dict.fromkeys(matched - found.keys(), number)
     return {name: found[name] for name in names if name in found}
-
-
-def _matched(target: str, names: Mapping[str, tuple[str, ...]]) -> list[str]:
-    matches = matcher(target)
-    if matched := [whole for whole, aliases in names.items() if any(map(matches, aliases))]:
-        return matched
-    raise ModelError(f"A rule is about no operator that is pruned. {unknown('operator', target, _short(names))}")
-
-
-def _short(names: Mapping[str, tuple[str, ...]]) -> set[str]:
-    return {alias for _, *short in names.values() for alias in short}
 
 
 def _names(layer: str, operator: str) -> Iterator[str]:

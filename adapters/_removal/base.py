@@ -52,11 +52,15 @@ def candidates(config: PretrainedConfig, size: int) -> Iterator[Place]:
     )
 
 
-def set_at(settings: dict[str, Any], place: Place, value: Any) -> None:
-    *inside, name = place
-    for each in inside:
-        settings = settings.setdefault(each, {})
-    settings[name] = value
+def with_values(settings: Mapping[str, Any], values: Mapping[Place, Any]) -> dict[str, Any]:
+    """Return settings with new values at some places."""
+    changed = deepcopy(dict(settings))
+    for (*inside, name), value in values.items():
+        part = changed
+        for each in inside:
+            part = part.setdefault(each, {})
+        part[name] = value
+    return changed
 
 
 def built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:

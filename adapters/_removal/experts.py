@@ -1,7 +1,6 @@
 """Remove experts for good: smaller mixtures, and a configuration with their number."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -20,7 +19,7 @@ from .._discovery.experts import fused_parameters
 from .._discovery.operators import signature
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import REFUSALS, AbstractRemoval, Cut, Making, Place, built, candidates, set_at, settings_of
+from .base import REFUSALS, AbstractRemoval, Cut, Making, Place, built, candidates, settings_of, with_values
 from .mixtures import Mixture, experts_to_remove, find_mixtures
 
 
@@ -81,7 +80,7 @@ class ExpertRemoval(AbstractRemoval):
         return name
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return with_experts(settings, self.place, self.size - self.count)
+        return with_values(settings, {self.place: self.size - self.count})
 
     def stand_in(self, model: HuggingFaceModel) -> None:
         """See `AbstractRemoval.stand_in`: a router sends tokens to experts of zeros, too."""
@@ -134,16 +133,10 @@ def _numbers(model: HuggingFaceModel) -> list[int]:
     return [number for number in found if number > 1]
 
 
-def with_experts(settings: Mapping[str, Any], place: Place, number: int) -> dict[str, Any]:
-    changed = deepcopy(dict(settings))
-    set_at(changed, place, number)
-    return changed
-
-
 def _said_by(model: HuggingFaceModel, place: Place, size: int) -> list[Mixture]:
     """Return the mixtures whose number of experts a setting declares; empty if it declares anything else as well."""
     try:
-        smaller = built(model.model, with_experts(settings_of(model), place, size - 1))
+        smaller = built(model.model, with_values(settings_of(model), {place: size - 1}))
     except REFUSALS:
         return []
     mixtures = find_mixtures((layer.name for layer in model.layers), model.model, smaller, size)
@@ -162,7 +155,7 @@ def _said_by(model: HuggingFaceModel, place: Place, size: int) -> list[Mixture]:
 
 def small_blocks(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], number: int) -> list[nn.Module]:
     """Return blocks by mixture with a new number of experts without memory; further parts are the model's."""
-    small = built(model.model, with_experts(model.model.config.to_dict(), place, number)).eval().requires_grad_(False)
+    small = built(model.model, with_values(model.model.config.to_dict(), {place: number})).eval().requires_grad_(False)
     blocks = list[nn.Module]()
     for mixture in mixtures:
         blocks.append(small.get_submodule(mixture.block))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PretrainedConfig
 
 from convexprune._layerwise.model import Call, DecoderLayer, Group
 from convexprune.constraints import Constraint
@@ -112,16 +111,12 @@ def _candidates(model: HuggingFaceModel, values: _Values, left: int) -> Iterator
         for place in candidates(config, number)
         if "head" in place[-1] and "dim" not in place[-1]
     }
-    said = {} if isinstance(getattr(type(text), DIM, None), property) else {DIM: _width(text, values.heads)}
+    width = getattr(text, DIM, None) or text.hidden_size // values.heads
+    said = {} if isinstance(getattr(type(text), DIM, None), property) else {DIM: width}
     for count in range(len(places), 0, -1):
         for chosen in combinations(places, count):
             widths = {place: (places[place], places[place] * left // values.groups) for place in chosen}
             yield Narrowing((), widths, {(*chosen[0][:-1], name): value for name, value in said.items()})
-
-
-def _width(config: PretrainedConfig, heads: int) -> int:
-    """Return the width of heads by its setting, or by the hidden size and the present number of heads."""
-    return getattr(config, DIM, None) or config.hidden_size // heads
 
 
 def _smaller(shapes: Shapes, built: Shapes, groups: int, left: int) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """Remove channels, or heads, for good: sets whose number is a setting of the model, equal in all layers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -22,9 +21,9 @@ from .base import (
     Shapes,
     candidates,
     parameter_shapes,
-    set_at,
     settings_of,
     shapes_of,
+    with_values,
 )
 
 
@@ -77,10 +76,7 @@ class Narrowing(AbstractRemoval):
         return self.without({one.name: range(self.count(one.size)) for one in self.sets})
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        changed = deepcopy(dict(settings))
-        for path, value in {**self.said, **{path: after for path, (_, after) in self.places.items()}}.items():
-            set_at(changed, path, value)
-        return changed
+        return with_values(settings, {**self.said, **{path: after for path, (_, after) in self.places.items()}})
 
     def count(self, size: int) -> int:
         return next(before - after for before, after in self.places.values() if before == size)

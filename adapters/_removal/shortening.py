@@ -1,7 +1,6 @@
 """Remove decoder layers for good: the layers to remove, a shorter model, and its configuration."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar, Self
@@ -24,7 +23,17 @@ from .._data.likelihood import likelihoods
 from .._discovery.family import decoder_layers
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import REFUSALS, AbstractRemoval, Making, Place, built, candidates, parameter_shapes, set_at, settings_of
+from .base import (
+    REFUSALS,
+    AbstractRemoval,
+    Making,
+    Place,
+    built,
+    candidates,
+    parameter_shapes,
+    settings_of,
+    with_values,
+)
 
 TOKENS = 2048  # that predictions are compared on
 LEAST = 8  # layers that a round tries, if there are as many
@@ -68,15 +77,12 @@ def influences(model: HuggingFaceModel, windows: Tensor, record: Making) -> list
         if context.number == len(model.layers) - 1:
             after = [model.normed(*pair) for pair in zip(batches, outputs, strict=True)]
         pairs = zip(context.inputs["dense"], after, strict=True)
-        found.append(1 - fmean(float(_cosine(*pair).mean()) for pair in pairs))
+        cosines = (torch.cosine_similarity(h.to(a.device).float(), a.float(), -1) for h, a in pairs)
+        found.append(1 - fmean(float(cosine.mean()) for cosine in cosines))
         context.hand_on(outputs)
 
     LayerWalk(model, batches, MemoryStore(range(len(model.layers)), record)).run(step)
     return found
-
-
-def _cosine(h: Tensor, after: Tensor) -> Tensor:
-    return torch.cosine_similarity(h.to(after.device).float(), after.float(), -1)
 
 
 def divergences(
@@ -165,17 +171,16 @@ class Shortening(AbstractRemoval):
         return f"{path}.{int(number) - sum(gone < int(number) for gone in self.removed)}.{rest}"
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        changed = deepcopy(dict(settings))
         *inside, _ = self.place
         count, gone = len(self.layers), self.removed
-        set_at(changed, self.place, count - len(gone))
-        for name, values in self.lists.items():
-            if _are_numbers(name, values, count):
-                kept = [value - sum(g < value for g in gone) for value in values if value not in gone]
+        values: dict[Place, Any] = {self.place: count - len(gone)}
+        for name, listed in self.lists.items():
+            if _are_numbers(name, listed, count):
+                kept = [value - sum(g < value for g in gone) for value in listed if value not in gone]
             else:
-                kept = [value for number, value in enumerate(values) if number not in gone]
-            set_at(changed, (*inside, name), kept)
-        return changed
+                kept = [value for number, value in enumerate(listed) if number not in gone]
+            values[*inside, name] = kept
+        return with_values(settings, values)
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
         if (why := self.why_not(model.model, settings)) is not None:

@@ -141,7 +141,7 @@ class Layer(nn.Module):
 
 def test_no_operator_of_a_later_stage_is_left_out():
     module, x = Layer().requires_grad_(False), torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
-    layer: DecoderLayer = discover(module, Call(), x).bind("layer", module, lambda _: True)
+    layer: DecoderLayer = discover(module, Call(), x).bind("layer", module)
     assert [[g.operators[0].name for g in s] for s in layer.stages] == [["first"], ["inner.o"], ["inner.later"]]
     assert observe(layer, lambda _: Call(), [x]).cached == {}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from convexprune.adapters._discovery.experts import ExpertIndex, ExpertInput, FusedExperts
+from convexprune.adapters._discovery.experts import ExpertInput, FusedExperts
 from convexprune.adapters._discovery.operators import ParameterOperator, Place
 
 
@@ -26,7 +26,7 @@ def test_each_product_with_a_fused_expert_is_observed_with_its_inputs():
     with FusedExperts(bank).hooked(lambda product: heard.append(product)):
         bank(x)
     bank(x)
-    assert [(h.slice.parameter, h.slice.index, h.transposed) for h in heard] == [
+    assert [(*h.expert, h.transposed) for h in heard] == [
         (name, i, name == "turned") for i in (2, 0) for name in ("turned", "plain")
     ]
     assert all(torch.equal(h.inputs, x) for h in heard)
@@ -57,9 +57,9 @@ def test_experts_that_are_multiplied_at_once_are_looped_over_with_their_own_toke
     with experts.hooked_backward(lambda product: back.append(product)):
         (found,) = torch.autograd.grad(looped.sum(), x)
     torch.testing.assert_close(found[x.detach().any(-1)], expected[x.detach().any(-1)])
-    assert [(h.slice, h.transposed) for h in heard] == [(ExpertIndex("pile", i), True) for i in (0, 2)]
-    assert all(torch.equal(h.inputs, x[h.slice.index][x[h.slice.index].any(-1)]) for h in heard)
-    assert [(h.slice.index, len(h.inputs)) for h in back if len(h.inputs)] == [(2, 5), (0, 3)]
+    assert [(h.expert, h.transposed) for h in heard] == [(("pile", i), True) for i in (0, 2)]
+    assert all(torch.equal(h.inputs, x[h.expert[1]][x[h.expert[1]].any(-1)]) for h in heard)
+    assert [(h.expert[1], len(h.inputs)) for h in back if len(h.inputs)] == [(2, 5), (0, 3)]
     assert torch.equal(piles(x), at_once)
 
 
@@ -72,7 +72,7 @@ def test_hooks_get_their_own_expert_and_leave_nothing_behind_when_a_pass_is_ende
         raise ValueError("enough")
 
     experts = FusedExperts(bank)
-    first, second = (ExpertInput(experts, ExpertIndex("plain", i)) for i in (0, 1))
+    first, second = (ExpertInput(experts, ("plain", i)) for i in (0, 1))
     with pytest.raises(ValueError, match="enough"), first(tell), second(tell):
         bank(x)
     bank(x)

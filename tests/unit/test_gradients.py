@@ -11,7 +11,7 @@ from tiny_models import TINY
 from torch import Tensor
 
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._discovery.experts import ExpertIndex, FusedExperts, Product, fused_parameters
+from convexprune.adapters._discovery.experts import FusedExperts, Product, fused_parameters
 from convexprune.adapters._discovery.operators import Place
 from convexprune.adapters._gradients import loss_fisher
 
@@ -87,7 +87,7 @@ def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, para
 
     def hear(product: Product) -> Callable[[Tensor], Tensor]:
         tokens.append(len(product.inputs))
-        columns = weights[names[product.slice.index]][:, 2:4]
+        columns = weights[names[product.expert[1]]][:, 2:4]
 
         def change(output: Tensor) -> Tensor:
             for token, by in changed:
@@ -108,7 +108,7 @@ def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, para
 
     seen = 0
     for expert, reads in every(range(4), (False, True)):
-        with pile.hooked(hear, ExpertIndex(parameter, expert)):
+        with pile.hooked(hear, (parameter, expert)):
             tokens.clear()
             loss_of(model.model, ids)
             own = sum(tokens)
