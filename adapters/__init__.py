@@ -1,4 +1,5 @@
 """Models of Hugging Face transformers, as decoder layers with linear operators; and texts to calibrate on."""
+# ruff: noqa: F401
 
 from convexprune._schema.settings import BUNDLED
 
@@ -9,22 +10,3 @@ from ._discovery.family import TESTED
 from ._huggingface import HuggingFaceModel
 from ._loading.loading import EMBEDDED, EMBEDDED_WINDOW, bundled_if_none, load, reopen
 from ._saving import save, save_from_store
-
-__all__ = [
-    "BUNDLED",
-    "EMBEDDED",
-    "EMBEDDED_WINDOW",
-    "TESTED",
-    "HuggingFaceModel",
-    "bundled_if_none",
-    "calibration_and_held_out",
-    "check_dataset",
-    "given_tokenizer",
-    "load",
-    "recipe_windows",
-    "reopen",
-    "save",
-    "save_from_store",
-    "text_windows",
-    "window_length",
-]

@@ -181,15 +181,14 @@ def _families(
         x = seen.inputs.get(places[0])
         return x is not None and x.numel() == tokens * x.shape[-1] and places[0].index is None
 
+    def by_number(number: str) -> list[int]:
+        return [int(part) for part in number.split(".") if part]
+
     families = []
     for groups in found.values():
         token_aligned = all(whole(places) for places in groups.values())
-        families.append(tuple(GroupSpec(groups[number], token_aligned) for number in sorted(groups, key=_numerically)))
+        families.append(tuple(GroupSpec(groups[number], token_aligned) for number in sorted(groups, key=by_number)))
     return families
-
-
-def _numerically(number: str) -> list[int]:
-    return [int(part) for part in number.split(".") if part]
 
 
 def _blocks(layer: nn.Module, families: list[ExpertFamily]) -> dict[str, int]:

@@ -43,10 +43,6 @@ class _Values:
     operator: str  # name, in its layer, of the first reader
     layers: tuple[str, ...]  # prefixes of parameters in the layers of the readers
 
-    def are_all_of(self, dims: Mapping[str, int]) -> bool:
-        """Return True if the shrunk parameters belong to these heads: all certain ones, and none in further layers."""
-        return self.touched <= dims.keys() and all(name.startswith(self.layers) for name in dims)
-
 
 @torch.no_grad()
 def find_heads(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
@@ -89,7 +85,9 @@ def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowin
     for number in sorted(range(1, values.groups), key=lambda number: (abs(number - left), -number)):
         tried = [(one, shapes_of(model.model, one.configured(settings))) for one in _candidates(model, values, number)]
         each = ((one, _smaller(shapes, new, values.groups, number)) for one, new in tried)
-        nearest = next(((one, dims) for one, dims in each if values.are_all_of(dims)), None)
+        # All certain parameters of the heads shrink, and none in further layers.
+        all_of_heads = ((one, dims) for one, dims in each if values.touched <= dims.keys())
+        nearest = next((pair for pair in all_of_heads if all(n.startswith(values.layers) for n in pair[1])), None)
         if nearest is not None and number == left:
             return nearest
         if nearest is not None or not tried or tried[0][1]:  # there is such a model, and it is another

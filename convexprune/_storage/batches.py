@@ -108,7 +108,9 @@ class Batches(Sequence[Tensor]):
             mapped = mmap(file.fileno(), end - start, access=ACCESS_COPY, offset=start)
         assert self.dtype is not None
         found = torch.frombuffer(mapped, dtype=self.dtype, offset=begin - start).reshape(self.shapes[i])
-        return found.to(self.device)
+        if not is_host(torch.device(self.device)):
+            found = found.pin_memory()  # from there the GPU copies while the host goes on
+        return found.to(self.device, non_blocking=True)
 
     def prefetch(self) -> None:
         """Have the disk read while something else is computed."""

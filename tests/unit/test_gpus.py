@@ -54,6 +54,15 @@ def test_what_fits_stays_on_the_gpu_and_gives_the_same_bits(
     assert seen == {"written": sent, "read": read}  # with room for all: what a killed run goes on from, once
 
 
+def test_what_is_read_from_the_file_is_pinned_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pinned = list[Tensor]()
+    monkeypatch.setattr(batches, "is_host", lambda device: False)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    place = recorded(iter(numbers(4)), Batches(tmp_path / "b.bin", room=batches.Room(24 + 1)))
+    assert [t.tolist() for t in place] == [t.tolist() for t in numbers(4)]
+    assert [t.tolist() for t in pinned] == [t.tolist() for t in numbers(4)[1:]]  # the first has never left the card
+
+
 def test_what_stays_on_the_gpu_is_in_the_folder_as_well(tmp_path: Path):
     store = FolderStore(tmp_path, 2, room=batches.Room(3 * 24 + 1))
     with store.scratch(0) as record:
