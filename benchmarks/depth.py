@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.work import Work
-from convexprune._runs.executors import prune_in_place
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.work import Work, prune_claimed
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.adapters._removal.shortening import find_shortening, layers_to_remove
 from convexprune.constraints import Layers
 from convexprune.pruners import Convex, ShortGPT
 from convexprune.recipe import make_recipe
-from convexprune.validation import final_states, mean_kl, perplexity
+from convexprune.validation._perplexity import final_states, fit, of_states, perplexity
 from convexprune.validation._texts import text_of
 
 SCORES = ("divergence", "influence")
@@ -58,7 +58,7 @@ class Table:
         """Measure the pruned model, write a row, and put the dense weights back."""
         values, states = self._predicted()
         for name, windows in self._texts.items():
-            divergence = mean_kl(self._model, windows, self._dense[name], states[name])
+            divergence = fit(windows, *(of_states(self._model, each[name]) for each in (self._dense, states)))[1][1]
             row[name] = [values[name], round(divergence, 4)]
         row["seconds"] = round(seconds, 1)
         with self._out.open("a") as file:
@@ -91,7 +91,8 @@ def remove(model: HuggingFaceModel, table: Table, tokens: Tensor, held_out: Tens
                 began = time.perf_counter()
                 reduced.choose(model)
                 how = replace(settings, pruner=pruner, emptied=reduced.emptied)
-                prune_in_place(model, Work(tokens, held_out, 4, how), lambda _: None)
+                states = MemoryStore(range(len(model.layers)))
+                prune_claimed(model, states, Work(tokens, held_out, 4, how), lambda _: None)
                 table.add(row | {"then": name}, time.perf_counter() - began)
 
 

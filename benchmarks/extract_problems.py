@@ -14,8 +14,7 @@ from convexprune.core._penalty import L1, Support
 from convexprune.core._problem import certify
 from convexprune.recipe import make_recipe
 from convexprune.solvers import make_solver
-from convexprune.validation._layer_problems import OperatorProblem, operator_problems
-from convexprune.validation._oracles import block, block_problems
+from convexprune.validation._layer_problems import OperatorProblem, block, block_problems, operator_problems
 
 NAMES = {
     "opt-query": "model.decoder.layers.1.self_attn.q_proj",

@@ -21,7 +21,7 @@ from torch import Tensor
 from convexprune import Moments, parse_pattern
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_and_held_out, load, text_windows
 from convexprune.pruners import AbstractPruner, Convex, LayerProblem, SparseGPT
-from convexprune.validation._evaluate import kl
+from convexprune.validation._perplexity import fit, of_model
 
 METHODS: dict[str, AbstractPruner] = {"sparsegpt": SparseGPT(), "convex": Convex()}
 
@@ -57,7 +57,8 @@ def main() -> None:
             means = [mean(errors, text) for text in ("calibration", *texts)]
             for operator, value in values.items():
                 model.model.get_parameter(f"{operator}.weight").copy_(value)
-            divergences = [kl(model, dense, tokens[:24]) for tokens in texts.values()]
+            both = [of_model(each.model) for each in (dense, model)]
+            divergences = [fit(tokens[:24], *both)[1][1] for tokens in texts.values()]
             cells = [f"{count * args.length:,}", name, f"{growth:.1f}", *(f"{100 * each:.3f}" for each in means)]
             cells += [f"{worse} of {len(pairs)}", *(f"{each:.4f}" for each in divergences)]
             print(f"| {' | '.join(cells)} |", flush=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convexprune._runs import executors, worker
+from convexprune._runs import executors
 
 OnOperation = Callable[..., None]  # (kind, path, *more), before the operation is done; what it raises comes out of it
 # What a system says when such an operation fails. Most of these have more than one answer.
@@ -163,7 +163,7 @@ def forks(first: Callable[[], AbstractContextManager[object]] = nullcontext) -> 
 
     context = SimpleNamespace(Pipe=real.Pipe, Process=process)
     names = vars(multiprocessing) | {"get_context": lambda _: context}
-    with patch.object(worker, "multiprocessing", SimpleNamespace(**names)), patch.object(executors, "POLL", 0.01):
+    with patch.object(executors, "multiprocessing", SimpleNamespace(**names)), patch.object(executors, "POLL", 0.01):
         yield started
 
 

@@ -3,7 +3,7 @@
 from ._advice import Advice, advise
 from ._compare import compare
 from ._evaluate import Evaluation, evaluate
-from ._perplexity import Perplexity, final_states, mean_kl, perplexity, streamed_evaluation
+from ._perplexity import Perplexity, perplexity
 from ._samples import compare_samples
 from ._verify import Verification, verify
 
@@ -16,9 +16,6 @@ __all__ = [
     "compare",
     "compare_samples",
     "evaluate",
-    "final_states",
-    "mean_kl",
     "perplexity",
-    "streamed_evaluation",
     "verify",
 ]

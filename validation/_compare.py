@@ -17,7 +17,7 @@ from convexprune._layerwise.settings import LayerSettings
 from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._recipe_file import given
-from convexprune._runs.identity import checksum
+from convexprune._runs.folder import checksum
 from convexprune._schema.functions import COMPARE
 from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
@@ -38,10 +38,8 @@ from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import finite
 
-from ._plots import draw, will_draw
-from ._results import make_row, markdown, text_result
-from ._side_by_side import DENSE, Comparison, Tokens
-from ._states import Store
+from ._results import draw, make_row, markdown, text_result, will_draw
+from ._side_by_side import DENSE, Comparison, Store, Tokens
 from ._texts import text_of
 from ._variants import Variant, allocated, layer_settings, make_variants
 

@@ -22,12 +22,11 @@ from convexprune._schema.functions import EVALUATE, Evaluate
 from convexprune._schema.parameters import documented
 from convexprune.adapters import HuggingFaceModel, bundled_if_none, load, text_windows
 from convexprune.adapters._data.documents import CORPORA, TEXT_FILES, check_text, datasets_package, hub_text
-from convexprune.adapters._data.likelihood import divergence
-from convexprune.adapters._discovery.passes import logits_in_pieces
 from convexprune.errors import CalibrationError, ModelError, RecipeError, unknown
 from convexprune.report import finite
 
-from ._perplexity import Perplexity, perplexity
+from ._perplexity import Perplexity, fit, of_model
+from ._results import short
 from ._tasks import TaskScore, evaluate_tasks, require_tasks
 from ._texts import TEXTS, text_of
 
@@ -74,30 +73,25 @@ class Evaluation:
 
     def tables(self) -> Iterator[Table]:
         """Texts and tasks, for a terminal."""
+        beside = self.against is not None
         if self.texts:
-            yield self._of_texts()
+            heads = ["text", "windows", "convention", "perplexity", "bits/byte", *(["dense", "KL"] if beside else [])]
+            table = Table(*heads, box=SIMPLE_HEAD)
+            table.caption = "Windows do not overlap; each token after the first of its window is predicted."
+            for s in self.texts:
+                p, dense = s.perplexity, [] if s.dense is None else [f"{s.dense.value:.3f}", f"{s.kl:.4f}"]
+                cells = [f"{p.windows} x {p.window}", s.convention, f"{p.value:.3f}", short(s.bits_per_byte, ".4f")]
+                table.add_row(s.text, *cells, *dense)
+            yield table
         if self.tasks:
-            table = Table("task", "metric", "value", *(("dense",) if self.against else ()), box=SIMPLE_HEAD)
+            table = Table("task", "metric", "value", *(["dense"] if beside else []), box=SIMPLE_HEAD)
             for score in self.tasks:
-                table.add_row(score.task, score.metric, *score.shown(self.against is not None))
+                table.add_row(score.task, score.metric, *score.shown(beside))
             yield table
 
     def verdict(self) -> Iterator[str]:
         """Yield the reasons for missing measurements."""
         yield from (f"not measured: {reason}" for reason in self.left_out)
-
-    def _of_texts(self) -> Table:
-        names = ("text", "windows", "convention", "perplexity", "bits/byte")
-        table = Table(*names, *(("dense", "KL") if self.against else ()), box=SIMPLE_HEAD)
-        table.caption = "Windows do not overlap; each token after the first of its window is predicted."
-        for score in self.texts:
-            p, bits = score.perplexity, score.bits_per_byte
-            cells = [score.text, f"{p.windows} x {p.window}", score.convention, f"{p.value:.3f}"]
-            cells.append("-" if bits is None else f"{bits:.4f}")
-            if score.dense is not None:
-                cells += [f"{score.dense.value:.3f}", f"{score.kl:.4f}"]
-            table.add_row(*cells)
-        return table
 
 
 @visible
@@ -200,28 +194,10 @@ def _content(text: str, limit: int, own: Evaluate) -> str:
     return hub_text(text, "evaluation", (own.max_windows or OF_C4) * longest * CHARACTERS if text == "c4" else None)
 
 
-def _score(
-    text: str, convention: str, tokens: Tensor, model: HuggingFaceModel, dense: HuggingFaceModel | None = None
-) -> TextScore:
-    p = perplexity(model.model, tokens)
+def _score(text: str, convention: str, tokens: Tensor, model: HuggingFaceModel, *dense: HuggingFaceModel) -> TextScore:
+    *reference, (p, kl) = fit(tokens, *(of_model(each.model) for each in (*dense, model)))
     bits = _bits_per_byte(p, tokens, model)
-    if dense is None:
-        return TextScore(text, convention, p, bits, None, None)
-    return TextScore(text, convention, p, bits, kl(model, dense, tokens), perplexity(dense.model, tokens))
-
-
-@torch.no_grad()
-def kl(model: HuggingFaceModel, dense: HuggingFaceModel, tokens: Tensor) -> float:
-    """Return the divergence of predictions on ids [windows window] from the dense model's; few logits are in memory."""
-    step, total = begin("divergence from dense", len(tokens)), 0.0
-    for each in (model.model, dense.model):
-        each.eval()
-    for ids in tokens.split(1):
-        reference = logits_in_pieces(dense.model, ids.to(dense.model.device))
-        for p, q in zip(reference, logits_in_pieces(model.model, ids.to(model.model.device)), strict=True):
-            total += divergence(p.float(), q.to(p.device).float()).double().sum().item()
-        step("")
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return TextScore(text, convention, p, bits, *((kl, reference[0][0]) if reference else (None, None)))
 
 
 def _bits_per_byte(p: Perplexity, tokens: Tensor, model: HuggingFaceModel) -> float | None:

@@ -1,4 +1,4 @@
-"""The layer problems of a model: dense and pruned weights of operators, and moments in float64."""
+"""The layer problems of a model, in float64, and the production solvers beside oracles on blocks of the problems."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -18,9 +18,10 @@ from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._layerwise.work import stack_steps
 from convexprune.constraints import Constraint
-from convexprune.core import Moments
+from convexprune.core import L1, Moments, Problem, Quadratic, Support
 from convexprune.pruners import Damping, LayerProblem
 from convexprune.report import OnOperator, OperatorReport
+from convexprune.solvers import AbstractSolver, make_solver
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,3 +148,110 @@ def _totals(
     for part, rows, weights in weighted_parts(layer, group, settings.token_weights):
         outputs = height(part) if in_output_space else None
         yield part, rows, weights, Moments(width(part), torch.float64, outputs=outputs)
+
+
+EXACT = 1e-8  # the gap to which the production solver is run for the comparison
+NEGLIGIBLE = 1e-9
+"""Of the target's energy: an objective below this is an exact fit, of which rounding decides, and counts as this."""
+
+
+@dataclass(frozen=True)
+class Solve:
+    """The answer of a solver to a problem; `difference` and `relative_gap` are relative to the objective.
+
+    If the target is fitted all but exactly, as on fewer tokens than inputs, both are relative to `NEGLIGIBLE` of its
+    energy.
+    """
+
+    solver: str
+    objective: float  # q + p at the answer
+    difference: float  # the objective less the least objective of all solvers
+    relative_gap: float
+    kkt_residual: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SolvedProblem:
+    """A problem of an operator, and its answers: of production by default and to the end, and of oracles."""
+
+    operator: str
+    penalty: str  # "L1" or "support"
+    rows: int
+    columns: int
+    solves: tuple[Solve, ...]
+
+    def lines(self) -> Iterator[list[str]]:
+        head = [self.operator, f"{self.penalty} {self.rows}x{self.columns}"]
+        for s in self.solves:
+            figures = (f"{x:.0e}" for x in (s.difference, s.relative_gap, s.kkt_residual))
+            yield [*head, s.solver, f"{s.objective:.9e}", *figures, f"{s.seconds:.3f}"]
+            head = ["", ""]
+
+    def faults(self, tolerance: float, gap: float) -> Iterator[str]:
+        """Yield missed tolerances; `gap` is the largest accepted gap of the production solver at its default."""
+        for solve in self.solves[1:]:
+            if not solve.difference <= tolerance:
+                yield f"{solve.solver}: the objective is {solve.difference:.1e} above the least"
+        if not self.solves[0].relative_gap <= gap:
+            yield f"{self.solves[0].solver}: the gap at default settings is {self.solves[0].relative_gap:.1e}"
+
+
+def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tuple[Quadratic, torch.Tensor]:
+    """Return a pruning problem in which only some columns, or groups of an n:m pattern, move, and the rest is dense."""
+    n = problem.weight.shape[1]
+    width = problem.pattern.block
+    groups = torch.randperm(n // width, generator=generator)[: max(1, columns // width)].sort().values
+    chosen = (groups[:, None] * width + torch.arange(width)).flatten()
+    q = problem.quadratic.double
+    assert q.anchor is not None
+    return q.columns(chosen), chosen
+
+
+def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> dict[str, Problem]:
+    """Return the convex problems of a block without damping: reweighted L1 as of `convex`, and the refit on a
+    support.
+    """
+    assert q.anchor is not None
+    scale = q.scale()
+    scores = q.anchor.abs() * scale
+    threshold = problem.pattern.threshold(scores).clamp_min(torch.finfo(scores.dtype).tiny)
+    strength = threshold * torch.exp(-(scores / threshold).square()) * scale
+    return {"L1": Problem(q, L1(strength)), "support": Problem(q, Support(kept))}
+
+
+def production(penalty: str) -> dict[str, AbstractSolver]:
+    """Return the production solver of a penalty, "L1" or "support", at its default and run to the end."""
+    if penalty == "L1":
+        return {"fista": make_solver("fista"), "fista, 1e-8": make_solver("fista", tolerance=EXACT,
+                                                                          max_iterations=20_000)}  # fmt: skip
+    return {"cg": make_solver("cg"), "cg, 1e-8": make_solver("cg", tolerance=EXACT, max_iterations=1000)}
+
+
+def oracles() -> dict[str, AbstractSolver]:
+    """Return three foreign solvers, by name."""
+    return {
+        "cvxpy, Clarabel": make_solver("cvxpy", engine="CLARABEL"),
+        "cvxpy, OSQP": make_solver("cvxpy", engine="OSQP"),
+        "scipy": make_solver("scipy"),
+    }
+
+
+def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
+    """Solve a problem by the production solver of its penalty and by the oracles."""
+    solutions = {key: solver.solve(problem) for key, solver in (production(penalty) | oracles()).items()}
+    values = {key: solution.certificate.primal for key, solution in solutions.items()}
+    least, energy = min(values.values()), problem.quadratic.target_energy
+    exact = max(NEGLIGIBLE * energy, torch.finfo(torch.float64).tiny)
+    solves = tuple(
+        Solve(
+            key,
+            values[key],
+            (values[key] - least) / max(least, exact),
+            solution.certificate.gap / max(values[key], exact),
+            solution.certificate.kkt_residual,
+            solution.solve_seconds,
+        )
+        for key, solution in solutions.items()
+    )
+    return SolvedProblem(name, penalty, *problem.shape, solves)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._data.likelihood import likelihoods
+from convexprune.adapters._data.likelihood import divergence
 from convexprune.adapters._discovery.passes import logits_in_pieces
 from convexprune.errors import CalibrationError
 
@@ -46,6 +45,9 @@ class Perplexity:
     stride: int
 
 
+Logits = Callable[[Tensor], Iterable[Tensor]]  # of ids [windows window], by piece [windows positions vocabulary]
+
+
 def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> Perplexity:
     """The perplexity of a causal language model on disjoint windows of text.
 
@@ -63,19 +65,15 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> P
     Raises:
         CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
     """
-    training = model.training
-    model.eval()
-    try:
-        return perplexity_of(lambda ids: logits_in_pieces(model, ids.to(model.device)), tokens, batch_size)
-    finally:
-        model.train(training)
+    return fit(tokens, of_model(model), batch_size=batch_size)[0][0]
 
 
 @torch.no_grad()
-def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, batch_size: int = 1) -> Perplexity:
-    """Compute the perplexity of ids [windows window] by pieces of logits [batch positions vocabulary].
+def fit(tokens: Tensor, *networks: Logits, batch_size: int = 1) -> list[tuple[Perplexity, float]]:
+    """Return the perplexity of each network on ids [windows window], and its divergence from the first.
 
-    Logits are widened to float32 by window, and losses are summed in float64; batches come once, in order.
+    The divergence is the mean over the predicted tokens of KL(first || network), in nats. Logits are widened to float32
+    by window, and sums are in float64; batches come once, in order.
     """
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise CalibrationError(
@@ -84,51 +82,74 @@ def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, 
     if batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size}: at least 1 is needed.")
     windows, window = tokens.shape
-    batches = tokens.split(batch_size)
-    step, total = begin("perplexity", len(batches)), 0.0
+    batches, count = tokens.split(batch_size), windows * (window - 1)
+    step, nll, kl = begin("perplexity", len(batches)), [0.0] * len(networks), [0.0] * len(networks)
     for batch in batches:
-        total += _batch_nll(logits(batch), batch)
+        losses, labels = [list[Tensor]() for _ in networks], batch[:, 1:]
+        for first, *others in zip(*(network(batch) for network in networks), strict=True):
+            now, labels = labels[:, : first.shape[1]].to(first.device), labels[:, first.shape[1] :]
+            losses[0].append(_losses(first, now))
+            for i, other in enumerate(others, 1):
+                logits = other.to(first.device)
+                losses[i].append(_losses(logits, now))
+                kl[i] += divergence(first.float(), logits.float()).double().sum().item()
+        nll = [a + sum(w.double().sum().item() for w in torch.cat(b, 1)) for a, b in zip(nll, losses, strict=True)]
         step("")
-    count = windows * (window - 1)
-    nll = torch.as_tensor(total, dtype=torch.float64) / count
+    means = torch.as_tensor(nll, dtype=torch.float64) / count
     # torch's exponential, because Python's raises where the answer is infinity.
-    return Perplexity(nll.exp().item(), nll.item(), tokens=count, windows=windows, window=window, stride=window)
+    values = zip(means.exp().tolist(), means.tolist(), strict=True)
+    found = [Perplexity(*each, tokens=count, windows=windows, window=window, stride=window) for each in values]
+    return [(each, total / count) for each, total in zip(found, kl, strict=True)]
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the negative log-likelihoods [windows positions] of labels, window by window."""
+    pairs = zip(logits, labels, strict=True)
+    return torch.stack([nn.functional.cross_entropy(z.float(), y, reduction="none") for z, y in pairs])
+
+
+def of_model(model: PreTrainedModel) -> Logits:
+    """Return the logits of a model without dropout; the model is left in the mode that it was in."""
+
+    def logits(batch: Tensor) -> Iterator[Tensor]:
+        training = model.training
+        model.eval()
+        try:
+            yield from logits_in_pieces(model, batch.to(model.device))
+        finally:
+            model.train(training)
+
+    return logits
+
+
+def of_states(model: HuggingFaceModel, states: Sequence[Tensor] | Recorded) -> Logits:
+    """Return the logits of final hidden states [1 window hidden], in the order of the windows."""
+    last = iter(states)
+
+    def logits(batch: Tensor) -> Iterator[Tensor]:
+        hidden = next(last)
+        return (model.logits(batch, hidden, positions) for positions in model.pieces(batch))
+
+    return logits
 
 
 @torch.no_grad()
 def streamed_evaluation(model: HuggingFaceModel, tokens: Tensor, store: FolderStore) -> dict[str, dict[str, float]]:
-    """Compute the perplexity of a model before and after pruning, with a single decoder layer in memory at a time.
+    """Return the fields of `Perplexity` for "dense" and "pruned", with the KL divergence of the pruned model.
 
-    Args:
-        model: the model.
-        tokens: token ids [windows window].
-        store: has the pruned layers, and place for hidden states.
-
-    Returns:
-        The fields of `Perplexity` for "dense" and "pruned"; for "pruned" also "kl" (`mean_kl`).
+    A single decoder layer is in memory at a time. The store has the pruned layers, and place for hidden states.
     """
     with store.scratch(store.count) as record:
-        states = {
-            name: _last_states(model, tokens, record, store.count, pruned)
-            for name, pruned in (("dense", None), ("pruned", store))
-        }
-        found: dict[str, dict[str, float]] = {
-            name: dict(vars(_of_states(model, tokens, each))) for name, each in states.items()
-        }
-        found["pruned"]["kl"] = mean_kl(model, tokens, states["dense"], states["pruned"])
-    return found
+        states = [_last_states(model, tokens, record, store.count, pruned) for pruned in (None, store)]
+        (dense, _), (pruned, kl) = fit(tokens, *(of_states(model, each) for each in states))
+    return {"dense": vars(dense), "pruned": {**vars(pruned), "kl": kl}}
 
 
 @contextmanager
 def final_states(model: HuggingFaceModel, windows: int) -> Iterator[list[Tensor]]:
-    """Record the hidden states after the last decoder layer of a model in memory.
+    """Record the hidden states [1 window hidden] after the last decoder layer of a model in memory, on the CPU.
 
-    Args:
-        model: the model.
-        windows: number of windows that will pass; some families pass a window twice.
-
-    Yields:
-        A list; at the end with the states [1 window hidden] of every window, on the CPU.
+    The list is complete at the end of the block; some families pass a window twice.
     """
     states = list[Tensor]()
 
@@ -138,21 +159,6 @@ def final_states(model: HuggingFaceModel, windows: int) -> Iterator[list[Tensor]
     with model.layers[-1].module.register_forward_hook(record):
         yield states
     states[:] = states[:: len(states) // windows]
-
-
-def mean_kl(model: HuggingFaceModel, tokens: Tensor, dense: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Return the divergence from the dense model's predictions, by final hidden states.
-
-    Args:
-        model: makes logits of hidden states.
-        tokens: token ids [windows window].
-        dense: final hidden states [1 window hidden] of the dense model, by window.
-        other: final hidden states of the model to judge.
-
-    Returns:
-        The mean over the predicted tokens of KL(dense || other), in nats.
-    """
-    return fmean(likelihoods(model, tokens.split(1), dense, {"other": other})["other"].kl)
 
 
 def _last_states(
@@ -168,23 +174,3 @@ def _last_states(
     states = MemoryStore(range(count), record)
     LayerWalk(model, tokens.split(1), states).run(step)
     return states.take(count)
-
-
-def _of_states(model: HuggingFaceModel, tokens: Tensor, states: Recorded) -> Perplexity:
-    last = iter(states)
-
-    def logits(batch: Tensor) -> Iterator[Tensor]:
-        hidden = next(last)
-        return (model.logits(batch, hidden, positions) for positions in model.pieces(batch))
-
-    return perplexity_of(logits, tokens)
-
-
-def _batch_nll(pieces: Iterable[Tensor], batch: Tensor) -> float:
-    """The summed negative log-likelihood of a batch [windows window]."""
-    losses, labels = list[Tensor](), batch[:, 1:]
-    for logits in pieces:
-        now, labels = labels[:, : logits.shape[1]].to(logits.device), labels[:, logits.shape[1] :]
-        each = zip(logits, now, strict=True)
-        losses.append(torch.stack([nn.functional.cross_entropy(z.float(), y, reduction="none") for z, y in each]))
-    return sum(window.double().sum().item() for window in torch.cat(losses, 1))

@@ -1,7 +1,9 @@
-"""The results of a comparison: a row for a variant, as JSON and as tables."""
+"""The results of a comparison: a row for a variant, as JSON, as tables, and as pictures (seaborn, an extra)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from math import exp
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -10,6 +12,7 @@ from rich.table import Table
 
 from convexprune.adapters._data.likelihood import Likelihood
 from convexprune.constraints import parse_pattern
+from convexprune.errors import DependencyError, install_hint
 
 from ._variants import Variant
 
@@ -91,12 +94,11 @@ def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     blank = ["-"] * 10
     lines = [["dense", "-", "-", *_text_cells(result["dense"], texts), *blank]]
     for row in result["rows"]:
-        errors = [_short(row[key][kind]) for key in ("error", "held_out_error") for kind in ("mean", "median")]
+        errors = [short(row[key][kind]) for key in ("error", "held_out_error") for kind in ("mean", "median")]
         more = None if row["more_bytes"] is None else row["more_bytes"] / 2**20
-        gap = "-" if row["largest_gap"] is None else f"{row['largest_gap']:.0e}"
-        line = [*name_cells(row), *_text_cells(row, texts), *errors, _short(row["output_error"]["mean"])]
+        line = [*name_cells(row), *_text_cells(row, texts), *errors, short(row["output_error"]["mean"])]
         line += [f"{row[key]:.0f}" for key in ("products", "solve_seconds", "seconds")]
-        lines.append([*line, gap, "-" if more is None else f"{more:.0f}"])
+        lines.append([*line, short(row["largest_gap"], ".0e"), short(more, ".0f")])
     return header, lines
 
 
@@ -125,11 +127,11 @@ def name_cells(row: Mapping[str, Any]) -> list[str]:
     return [f"{name}, by row" if row["quota"] == "row" else name, target, row["convention"]]
 
 
-def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """Return a table for a terminal, names to the left and numbers to the right."""
+def terminal_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]], names: int = len(NAMES)) -> Table:
+    """Return a table for a terminal, so many columns of names to the left and numbers to the right."""
     shown = Table(title=title, box=SIMPLE_HEAD)
     for i, name in enumerate(header):
-        shown.add_column(name, justify="left" if i < len(NAMES) else "right", no_wrap=True)
+        shown.add_column(name, justify="left" if i < names else "right", no_wrap=True)
     for line in lines:
         shown.add_row(*line)
     return shown
@@ -162,10 +164,100 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2e}"
+def short(value: float | None, style: str = ".2e") -> str:
+    return "-" if value is None else format(value, style)
 
 
 def to_perplexity(nll: float) -> float:
     """exp of a mean negative log-likelihood `nll`; infinity where that overflows, or is not a number."""
     return exp(nll) if nll < 700 else float("inf")
+
+
+Row = Mapping[str, Any]
+LAYER = {
+    "error_by_layer": "relative error, calibration tokens",
+    "held_out_error_by_layer": "relative error, held-out tokens",
+}
+
+
+def will_draw(plots: bool | None) -> bool:
+    """Return True if plots are drawn: by request, or by default if seaborn is installed."""
+    there = find_spec("seaborn") is not None
+    if plots and not there:
+        raise DependencyError(f"Plots need seaborn: {install_hint('plot')}, or ask for none (--no-plots).")
+    return there if plots is None else plots
+
+
+def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
+    """Draw errors by decoder layer and by products, and error, divergence and perplexity by sparsity."""
+    rows, texts = result["rows"], list(result["dense"]["texts"])
+    names = []
+    for key, label in LAYER.items():
+        places = ((row, i, value) for row in rows for i, value in enumerate(row[key]) if value is not None)
+        points = [_point(row) | {"layer": i, label: value} for row, i, value in places]
+        if not points:
+            continue  # nothing was held out
+        names.append(_lines(folder, key.replace("_", "-"), points, "layer", label, col="target", errorbar=None))
+    errors = [_point(row) | {"products": 1 + row["products"], "relative error": _error(row)} for row in rows]
+    names.append(
+        _lines(folder, "error-against-products", errors, "products", "relative error", "scatter", col="target")
+    )
+    names.append(_lines(folder, "error-against-sparsity", errors, "sparsity", "relative error", style="kind"))
+    for measure in ("kl", "perplexity") if texts else ():
+        points = [_point(row) | {"text": text, measure: row["texts"][text][measure]} for row in rows for text in texts]
+        names.append(
+            _lines(folder, f"{measure}-against-sparsity", points, "sparsity", measure, col="text", style="kind")
+        )
+    return names
+
+
+def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
+    """Draw the KL divergence over the first variant's on each text, with two standard errors."""
+    from matplotlib.figure import Figure
+
+    rows, texts = summary["rows"][::-1], list(summary["dense"]["texts"])
+    figure = Figure(figsize=(1 + 5 * len(texts), 1.5 + 0.25 * len(rows)), layout="constrained")
+    for axis, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
+        for place, row in enumerate(rows):
+            if (kl := row["texts"][text]["kl"]) is not None:
+                reach = exp(2 * kl["error"])
+                spread = [[kl["ratio"] * (1 - 1 / reach)], [kl["ratio"] * (reach - 1)]]
+                axis.errorbar(kl["ratio"], place, xerr=spread, fmt="o", markersize=3, capsize=2, color="C0")
+        axis.axvline(1, color="grey", linewidth=0.5)
+        axis.set(title=text, xlabel="KL divergence over the first variant's", xscale="log")
+        axis.set_yticks(range(len(rows)), [" ".join(_point(row)[k] for k in ("target", "variant")) for row in rows])
+    figure.savefig(folder / "divergence-over-first.png", dpi=120)
+    return "divergence-over-first.png"
+
+
+def _lines(folder: Path, name: str, points: Sequence[Row], x: str, y: str, kind: Any = "line", **options: Any) -> str:
+    """Draw a line for every variant, and a panel for every value of the column `col`."""
+    import pandas
+    import seaborn
+    from matplotlib import pyplot
+
+    table = pandas.DataFrame(points)
+    options |= {"markers": True} if options.get("style") else {}
+    with seaborn.axes_style("whitegrid"):
+        grid = seaborn.relplot(
+            table, x=x, y=y, hue="variant", kind=kind, height=4, facet_kws={"sharey": False}, **options
+        )
+    grid.set(yscale="log", xscale="log" if x == "products" else "linear")
+    grid.savefig(folder / f"{name}.png", dpi=120)
+    pyplot.close(grid.figure)
+    return f"{name}.png"
+
+
+def _error(row: Row) -> float:
+    """Return the mean error on held-out tokens, or on calibration tokens if none were held out."""
+    held_out = row["held_out_error"]["mean"]
+    return row["error"]["mean"] if held_out is None else held_out
+
+
+def _point(row: Row) -> dict[str, Any]:
+    unstructured = row["pattern"] == "unstructured"
+    words = [row["method"], row["convention"], *([] if row["allocation"] == "uniform" else [row["allocation"]])]
+    words += ["by row"] if row["quota"] == "row" else []
+    target = f"{row['asked_sparsity']:.0%}" if unstructured else row["pattern"]
+    kind = "unstructured" if unstructured else "N:M"
+    return {"variant": " ".join(words), "target": target, "kind": kind, "sparsity": row.get("sparsity")}

@@ -17,8 +17,7 @@ from convexprune.errors import RecipeError
 from convexprune.report import finite
 
 from ._compare import compare, require_resumable
-from ._plots import draw_samples, will_draw
-from ._results import NAMES, Row, markdown_table, name_cells, terminal_table, to_perplexity
+from ._results import NAMES, Row, draw_samples, markdown_table, name_cells, terminal_table, to_perplexity, will_draw
 
 SAMPLES = "samples.json"
 SAME = ("name", "method", "pattern", "quota", "allocation", "asked_sparsity", "convention")

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from convexprune._container.provenance import require_as_written
 from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
-from convexprune._runs.folder import REMOVED, REPORT, RunFolder
-from convexprune._runs.identity import checksum, differences
+from convexprune._runs.folder import REMOVED, REPORT, RunFolder, checksum, differences
 from convexprune._storage.files import checksum_inside, named
 from convexprune.adapters import (
     BUNDLED,
@@ -169,19 +168,17 @@ class ReportedError:
     held_out: float | None  # the report's
     growth: float  # largest absolute weight over the dense operator's
 
-    @property
-    def fault(self) -> str:
-        return (
-            ""
-            if self.agrees
-            else f"{self.operator}: its error is {self.error:.3e}, not {self.reported:.3e} as reported"
-        )
+    def cells(self) -> list[str]:
+        said = [f"{self.reported:.3e}", "-" if self.held_out is None else f"{self.held_out:.3e}"]
+        return [self.operator, f"{self.error:.3e}", *said, f"{self.growth:.2f}"]
 
     @property
-    def agrees(self) -> bool:
-        """Return True if the errors are as near as on two machines. Operators without input have NaN."""
+    def fault(self) -> str:
+        """A sentence if the errors differ more than on two machines. Operators without input have NaN."""
         both = isnan(self.error) and isnan(self.reported)
-        return both or isclose(self.error, self.reported, rel_tol=SAME, abs_tol=NOTHING)
+        if both or isclose(self.error, self.reported, rel_tol=SAME, abs_tol=NOTHING):
+            return ""
+        return f"{self.operator}: its error is {self.error:.3e}, not {self.reported:.3e} as reported"
 
 
 def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]) -> list[ReportedError]:

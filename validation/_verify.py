@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
-from convexprune._layerwise.settings import LayerSettings, TokenWeighting
+from convexprune._layerwise.settings import TokenWeighting
 from convexprune._layerwise.steps.measure import rows_to_bound
 from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
@@ -29,14 +28,23 @@ from convexprune.constraints import parse_pattern
 from convexprune.core._bound import LowerBound
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners._damped import damped
-from convexprune.recipe import Recipe
-from convexprune.report import OperatorReport
 
-from ._layer_problems import OperatorProblem, operator_problems
-from ._oracles import SolvedProblem, block, block_problems, oracles, solve_by_all
+from ._layer_problems import (
+    OperatorProblem,
+    SolvedProblem,
+    block,
+    block_problems,
+    operator_problems,
+    oracles,
+    solve_by_all,
+)
+from ._results import terminal_table
 from ._source import ReportedError, open_source, reported_errors, require_same_shapes
 
 WIDE = 1024  # above, a split for every row costs too much: rows share one
+SOLVED = ("operator", "problem", "solver", "objective", "difference", "gap", "KKT", "s")
+BOUNDED = ("operator", "rows", "damping", "error", "lower bound", "ratio", "undamped: error", "bound", "ratio", "s")
+MEASURED = ("operator", "relative error", "in the report", "held-out there", "largest weight / dense")
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class BoundReport:
     plain_lower: float
     plain_ratio: float
     seconds: float  # of both bounds
+
+    def cells(self) -> list[str]:
+        damped, plain = (self.error, self.lower, self.ratio), (self.plain_error, self.plain_lower, self.plain_ratio)
+        figures = [text for e, low, ratio in (damped, plain) for text in (f"{e:.2e}", f"{low:.2e}", f"{ratio:.3f}")]
+        return [self.operator, str(self.rows), f"{self.damping:.3f}", *figures, f"{self.seconds:.1f}"]
 
 
 @dataclass
@@ -87,9 +100,7 @@ class Verification:
     def faults(self) -> list[str]:
         """Missed tolerances; empty if all is well."""
         found = [
-            f"{c.operator} [{c.penalty}] {text}"
-            for c in self.comparisons
-            for text in c.faults(self.tolerance, self.gap)
+            f"{c.operator} [{c.penalty}] {x}" for c in self.comparisons for x in c.faults(self.tolerance, self.gap)
         ]
         found += [
             f"{b.operator}: the error {b.error:.3e} is below the bound {b.lower:.3e}, which no weight can be"
@@ -118,38 +129,18 @@ class Verification:
         """Return the verification as JSON. Numbers that are not finite become text."""
         whole = asdict(self) | {"faults": self.faults, "passed": self.passed, "median_ratio": self.median_ratio}
         whole["median_plain_ratio"] = self.median_plain_ratio
-        return json.dumps(json.loads(json.dumps(whole), parse_constant=str), indent=2, allow_nan=False)
+        return json.dumps(finite(whole), indent=2, allow_nan=False)
 
-    def tables(self) -> list[Table]:
-        """Return tables: a line for a solve, and a line for a bound or an error."""
-        solves = Table(title="The same problem, several solvers", box=SIMPLE_HEAD)
-        solves.add_column("operator", no_wrap=True)
-        solves.add_column("problem", no_wrap=True)
-        for name in ("solver", "objective", "difference", "gap", "KKT", "s"):
-            solves.add_column(name, justify="right", no_wrap=True)
-        for c in self.comparisons:
-            for i, s in enumerate(c.solves):
-                head = ("", "") if i else (c.operator, f"{c.penalty} {c.rows}x{c.columns}")
-                figures = (f"{x:.0e}" for x in (s.difference, s.relative_gap, s.kkt_residual))
-                solves.add_row(*head, s.solver, f"{s.objective:.9e}", *figures, f"{s.seconds:.3f}")
-        bounds = Table(title="Squared error achieved, and what no pruning can beat", box=SIMPLE_HEAD)
-        bounds.add_column("operator", no_wrap=True)
-        for name in ("rows", "damping", "error", "lower bound", "ratio", "undamped: error", "bound", "ratio", "s"):
-            bounds.add_column(name, justify="right", no_wrap=True)
-        for b in self.bounds:
-            bounds.add_row(b.operator, str(b.rows), f"{b.damping:.3f}", f"{b.error:.2e}", f"{b.lower:.2e}",
-                           f"{b.ratio:.3f}", f"{b.plain_error:.2e}", f"{b.plain_lower:.2e}", f"{b.plain_ratio:.3f}",
-                           f"{b.seconds:.1f}")  # fmt: skip
-        errors = Table(title="Errors of the run, measured again", box=SIMPLE_HEAD)
-        for name in ("operator", "relative error", "in the report", "held-out there", "largest weight / dense"):
-            errors.add_column(name, justify="left" if name == "operator" else "right", no_wrap=True)
-        for e in self.errors:
-            others = (
-                "-" if e.held_out is None else f"{e.held_out:.3e}",
-                "-" if e.growth is None else f"{e.growth:.2f}",
-            )
-            errors.add_row(e.operator, f"{e.error:.3e}", f"{e.reported:.3e}", *others)
-        return [solves, *(table for table in (bounds, errors) if table.row_count)]
+    def tables(self) -> Iterator[Table]:
+        """Yield tables: a line for a solve, and a line for a bound or an error."""
+        solves = [line for problem in self.comparisons for line in problem.lines()]
+        yield terminal_table("The same problem, several solvers", SOLVED, solves, names=2)
+        if self.bounds:
+            title, lines = "Squared error achieved, and what no pruning can beat", [b.cells() for b in self.bounds]
+            yield terminal_table(title, BOUNDED, lines, names=1)
+        if self.errors:
+            lines = [e.cells() for e in self.errors]
+            yield terminal_table("Errors of the run, measured again", MEASURED, lines, names=1)
 
     def verdict(self) -> Iterator[str | Text]:
         """Yield what could not be compared, the missed tolerances, and the result."""
@@ -207,7 +198,8 @@ def verify(source: str | Path | None = None, *, on_progress: OnProgress | None =
     if pruned is not None and not same:
         result.note = "The model writes another text here than for the run: the report's errors are not compared."
     weights = token_weights(dense, TokenWeighting.parse(recipe.token_weights), tokens, recipe.batch_size)
-    layer = replace(_layer_settings(recipe, reports), token_weights=weights)
+    layer = recipe.layer_settings(patterns={o.name: parse_pattern(o.pattern) for o in reports})
+    layer = replace(layer, token_weights=weights)
     generator = torch.Generator().manual_seed(asked.seed)
 
     def judge(operator: OperatorProblem) -> None:
@@ -222,10 +214,6 @@ def verify(source: str | Path | None = None, *, on_progress: OnProgress | None =
     operator_problems(dense, tokens, layer, names, judge, pruned, recipe.batch_size, reports)
     result.seconds = time.perf_counter() - began
     return result
-
-
-def _layer_settings(recipe: Recipe, reports: Sequence[OperatorReport]) -> LayerSettings:
-    return recipe.layer_settings(patterns={o.name: parse_pattern(o.pattern) for o in reports})
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
@@ -250,20 +238,15 @@ def _median(ratios: Iterable[float]) -> float:
 def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | None, seed: int) -> list[str]:
     every = [f"{layer.name}.{operator.name}" for layer in model.layers for operator in layer.operators]
     if operators:
-        named = {asked: _named(asked, every) for asked in operators}
-        for asked, found in named.items():
-            if not found:
+        matches = [matcher(asked) for asked in operators]
+        for asked, is_asked in zip(operators, matches, strict=True):
+            if not any(map(is_asked, every)):
                 raise RecipeError(unknown("operator", asked, every))
-        return [name for name in every if any(name in found for found in named.values())]
+        return [name for name in every if any(is_asked(name) for is_asked in matches)]
     if sample is None or sample >= len(every):
         return every
     drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:sample]
     return [every[i] for i in drawn.sort().values.tolist()]
-
-
-def _named(asked: str, every: Sequence[str]) -> list[str]:
-    matches = matcher(asked)
-    return [name for name in every if matches(name)]
 
 
 def _compare(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[SolvedProblem]:

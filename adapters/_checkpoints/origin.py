@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune._runs.identity import checksum
+from convexprune._runs.folder import checksum
 from convexprune._storage.files import Stamp
 from convexprune.errors import ModelError, shown
 

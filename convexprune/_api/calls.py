@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune._api.checks import write_copies
-from convexprune._api.in_folder import InFolder
-from convexprune._api.in_memory import InMemory
+from convexprune._api.pruning import InFolder, InMemory
 from convexprune._api.request import name_of
 from convexprune._api.result import PermuteResult, PruneResult, check_hub
 from convexprune._api.windows import name_of_text

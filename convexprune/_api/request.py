@@ -48,7 +48,7 @@ from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OnOperator, Report
 from convexprune.solvers import AbstractSolver, solver_names
-from convexprune.validation import final_states, mean_kl, perplexity
+from convexprune.validation._perplexity import final_states, fit, of_states, perplexity
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,8 @@ class Request:
             if self.dense_states is None:
                 self.dense_states = states
             else:
-                found = found | {"kl": mean_kl(loaded, windows["evaluation"], self.dense_states, states)}
+                networks = (of_states(loaded, each) for each in (self.dense_states, states))
+                found = found | {"kl": fit(windows["evaluation"], *networks)[1][1]}
             report.perplexity[name] = found
             self.clock.lap("evaluation")
 

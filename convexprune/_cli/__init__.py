@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from convexprune._cli import folders, measuring, pruning  # each file adds its commands to the application
-from convexprune._cli.application import app
-from convexprune._cli.stopping import listen, status
+from convexprune._cli.application import app, listen, status
 from convexprune.errors import ConvexpruneError
 
 __all__ = ["app", "folders", "main", "measuring", "pruning"]

@@ -1,16 +1,25 @@
-"""The application of all commands, and the console."""
+"""The application of all commands, its console, and a command at work: with progress, and stopped by a signal."""
 
 import json
+import shlex
+import signal
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from textwrap import wrap
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
+
+from convexprune._progress.shown import following
+from convexprune._storage.staging import kept
 
 
 def dashed(name: str) -> str:
@@ -116,3 +125,51 @@ def show(table: Table) -> None:
     """Print a table at full width. In a narrow terminal lines wrap, and no number is cut."""
     table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     console.print(table, crop=False)
+
+
+class Stopped(KeyboardInterrupt):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def listen() -> None:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, unless ignored, as under nohup."""
+    for name in ("SIGTERM", "SIGHUP"):  # the second is not on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def status(stop: KeyboardInterrupt) -> int:
+    """The exit status of a process that was stopped: 128 and the signal's number."""
+    return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+@contextmanager
+def working(quiet: bool, output: Path | None = None, command: str = "") -> Iterator[None]:
+    """Show progress, let a stopped `command` say how to go on, and hide the bars of transformers."""
+    with stoppable(output, command), following(quiet=quiet):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        yield
+
+
+@contextmanager
+def stoppable(output: Path | None = None, command: str = "") -> Iterator[None]:
+    """Inside, whoever stops the `command` is told how to go on, if its work on the `output` is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        said = "Stopped."
+        if output is not None and (place := kept(output, command)) is not None:
+            given = [argument for argument in sys.argv[1:] if argument != "--resume"]
+            again = shlex.join(["convexprune", *given, "--resume"])
+            said = f"Stopped. What is finished is kept in {place}; go on with:\n  {again}"
+        Console(stderr=True, markup=False).print(said, soft_wrap=True, highlight=False)
+        raise typer.Exit(status(stop)) from None

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from convexprune._cli.application import app, console, print_json
+from convexprune._cli.application import app, console, print_json, stoppable
 from convexprune._cli.options import AllowChanged, AsJson, Quiet
-from convexprune._cli.stopping import stoppable
 from convexprune._progress.shown import following
 from convexprune.errors import OutputError
 

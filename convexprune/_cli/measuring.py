@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from convexprune._cli.application import console, print_json, show
+from convexprune._cli.application import console, print_json, show, working
 from convexprune._cli.options import AsJson, Quiet, command
-from convexprune._cli.stopping import working
 from convexprune._schema.functions import ADVISE, BENCH, COMPARE_SAMPLES, DOCTOR, EVALUATE, VERIFY
 from convexprune.errors import install_hint
 
@@ -54,7 +53,7 @@ def compare(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
         from convexprune.validation import _samples as samples
         from convexprune.validation import compare as compare_sample
         from convexprune.validation import compare_samples
-        from convexprune.validation._plots import will_draw
+        from convexprune.validation._results import will_draw
 
         output = output_folder(output, model)
         settings |= {"model": model, "output": output}

@@ -9,9 +9,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune._cli.application import app, console, print_json, show
+from convexprune._cli.application import app, console, print_json, show, working
 from convexprune._cli.options import PRINTED, AsJson, Quiet, command
-from convexprune._cli.stopping import working
 from convexprune._schema.functions import INSPECT, PERMUTE, PRUNE
 
 if TYPE_CHECKING:

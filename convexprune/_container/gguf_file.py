@@ -14,8 +14,7 @@ from torch import Tensor
 
 from convexprune._container.file import SUFFIX, is_packed
 from convexprune._container.folder import source_files
-from convexprune._container.gguf_model import GGUFModel
-from convexprune._container.gguf_tokenizer import write_tokenizer
+from convexprune._container.gguf_model import GGUFModel, write_tokenizer
 from convexprune._container.provenance import unchanged
 from convexprune._progress import begin
 from convexprune._runs.folder import BLOCKS, RunFolder

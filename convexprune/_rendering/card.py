@@ -16,8 +16,7 @@ from convexprune._storage.files import write_text
 from convexprune.adapters._data.documents import CORPORA
 from convexprune.report import Report
 
-from .command import command_of
-from .facts import facts, name_of_model, text_of_evaluation
+from .facts import command_of, facts, name_of_model, text_of_evaluation
 from .templates import code, text_of, visible
 
 FOLDER, RUN = "DIR", "RUN"  # names in the card of the result's place and, in the card of an export, of the run's

@@ -17,8 +17,7 @@ from convexprune.report import Report
 
 from . import charts
 from .charts import SHADES, Grid, grid
-from .command import command_of
-from .facts import bytes_text, costs, facts, name_of_model, next_steps, reason, worst
+from .facts import bytes_text, command_of, costs, facts, name_of_model, next_steps, reason, worst
 from .templates import text_of
 
 WORST = 8

@@ -4,33 +4,133 @@ Executors differ only in who calls `prune_claimed`: the queue is the run's folde
 is not of concurrent.futures, which gives up a whole pool when a worker dies; here the surviving workers go on.
 """
 
+import multiprocessing
 import os
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from convexprune._device.machine import threads
-from convexprune._device.memory import release_unused
+from convexprune._device.machine import installation, threads
+from convexprune._device.memory import release_unused, use_gpu, within_memory
+from convexprune._device.switches import pinned
 from convexprune._layerwise.folder_store import FolderStore, RankStore
 from convexprune._layerwise.model import AbstractModel, DecoderLayer
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.work import Work, prune_claimed
-from convexprune._runs.worker import Job, Worker
-from convexprune.errors import DependencyError, PatternError, PruningError, RecipeError, install_hint, unknown
+from convexprune._runs.folder import differences
+from convexprune._storage.batches import room_on
+from convexprune._storage.failures import working
+from convexprune.errors import (
+    ConvexpruneError,
+    DependencyError,
+    PatternError,
+    PruningError,
+    RecipeError,
+    install_hint,
+    unknown,
+)
 from convexprune.report import OnOperator
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    folder: Path
+    work: Work
+    open_model: Callable[..., AbstractModel]  # with the keyword "device"
+    threads: int
+    installed: Mapping[str, str]  # result of `machine.installation` at the beginning of the run
+    needed: int = 0  # bytes of GPU memory that the run needs
+
+    @pinned()  # a worker imports the user's script, which may have set switches
+    def do(self, device: str) -> None:
+        """Prune layers until none is left."""
+        use_gpu(device)
+        if differing := differences(dict(self.installed), installation(device)):
+            raise PruningError(
+                f"This worker differs from where the run began, and so would its bits: {'; '.join(differing)}. Workers "
+                "need the same code, versions, numerical switches, and kind of processor or GPU."
+            )
+        with within_memory(), working(self.folder.parent), threads(self.threads):
+            model = self.open_model(device=device)
+            store = FolderStore(self.folder, len(model.layers), device, room_on(device, self.needed))
+            prune_claimed(model, store, self.work, lambda _: None)
+
+
+class Worker:
+    """A process for a job. The process ends with its parent."""
+
+    def __init__(self, job: Job, device: str) -> None:
+        self.device = device
+        context = multiprocessing.get_context("spawn")  # a forked torch hangs in its threads, and has no CUDA
+        self._errors, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_do_and_send, args=(job, device, theirs), daemon=True)
+        with _no_interrupts():
+            self._process.start()
+        theirs.close()
+
+    def is_lost(self) -> bool:
+        """Return True if the process ended before the work."""
+        if self._process.is_alive() or self._process.exitcode == 0:
+            return False
+        try:
+            raise self._errors.recv()
+        except EOFError:
+            return True
+
+    def exit_code(self) -> int | None:
+        return self._process.exitcode
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, which a terminal sends to all: only the waiting process reacts."""
+    resource_tracker.ensure_running()  # started with the first worker, it would let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as its parent is gone, in the middle of any computation."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _do_and_send(job: Job, device: str, errors: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        job.do(device)
+    except ConvexpruneError as error:
+        errors.send(error)
+        raise SystemExit(1) from error
+
 
 RETRIES = 3  # workers started again, for each that there is, before a run is given up
 POLL = 0.2  # seconds between two looks at the workers
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
+@dataclass(frozen=True)
 class AbstractExecutor(ABC):
     """An executor finishes all layers of a run; `spawns` says whether in child processes of this process."""
 
@@ -52,16 +152,12 @@ class Serial(AbstractExecutor):
             prune_claimed(model, store, job.work, on_operator)
 
 
-@dataclass(frozen=True)
 class Ranks(AbstractExecutor):
     """A process of torchrun or srun, started with the same command as its peers.
 
     Ranks meet in the run's folder only; if layers wait for each other, the ranks prune a layer together. Launchers
     divide the threads.
     """
-
-    rank: int  # pyright: ignore[reportIncompatibleVariableOverride]
-    together: int
 
     @classmethod
     def here(cls) -> "Ranks":
@@ -73,7 +169,7 @@ class Ranks(AbstractExecutor):
                         f"{rank}={number!r}, {size}={count!r}: with executor='ranks', {rank} has to be a number from 0 "
                         f"to {size} - 1. torchrun and srun set both."
                     )
-                return cls(int(number), int(count))
+                return cls(int(number), together=int(count))
         raise RecipeError(
             "executor='ranks' is for processes that torchrun or srun starts: RANK or SLURM_PROCID is not set."
         )
@@ -83,7 +179,7 @@ class Ranks(AbstractExecutor):
             if job.work.settings.prefix == "dense":
                 prune_claimed(model, store, job.work, on_operator)
                 return
-            with ProcessGroup.connected(self.rank, self.together) as ranks:
+            with ProcessGroup.connected(self.rank or 0, self.together) as ranks:
                 ours = RankStore(store.folder, store.count, model.device, ranks, store.room)
                 prune_claimed(model, ours, job.work.of_rank(ranks), (lambda _: None) if ranks.rank else on_operator)
 
@@ -93,11 +189,7 @@ class Pool(AbstractExecutor):
     """Processes on this machine, a process for each of `devices`; a lost process is restarted."""
 
     spawns = True
-    devices: Sequence[str]
-
-    @property
-    def processes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return len(self.devices)
+    devices: Sequence[str] = ()
 
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         watch = _Watch(store, on_operator)
@@ -111,7 +203,7 @@ class Pool(AbstractExecutor):
                         lost += 1
                         if lost > RETRIES * len(self.devices):
                             raise PruningError(
-                                f"Workers were lost {lost} times; the last ended with {worker.exit_code}. Is memory "
+                                f"Workers were lost {lost} times; the last ended with {worker.exit_code()}. Is memory "
                                 "short? What is finished is kept: go on with resume=True (--resume)."
                             )
                         workers[i] = Worker(job, worker.device)
@@ -120,11 +212,8 @@ class Pool(AbstractExecutor):
                 worker.stop()
 
 
-@dataclass(frozen=True)
 class OnRay(AbstractExecutor):
     """Tasks of a Ray cluster whose nodes all see the run's folder; Ray restarts lost tasks."""
-
-    processes: int
 
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         import ray  # pyright: ignore[reportMissingImports]
@@ -159,11 +248,11 @@ def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
             return Ranks.here()
         case "pool":
             gpus = [f"cuda:{i % torch.cuda.device_count()}" for i in range(workers)] if device == "cuda" else []
-            return Pool(tuple(gpus) or (device,) * workers)
+            return Pool(processes=workers, devices=gpus or [device] * workers)
         case "ray":
             if find_spec("ray") is None:
                 raise DependencyError(f"executor='ray' needs Ray: {install_hint('ray')}")
-            return OnRay(workers)
+            return OnRay(processes=workers)
     raise RecipeError(unknown("executor", name, EXECUTORS))
 
 
@@ -191,10 +280,6 @@ def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> N
                 settings.pattern_of(f"{layer.name}.{operator.name}").check(*operator.shape)
             except PatternError as error:
                 raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
-
-
-def prune_in_place(model: AbstractModel, work: Work, on_operator: OnOperator) -> None:
-    prune_claimed(model, MemoryStore(range(len(model.layers))), work, on_operator)
 
 
 def prune_in_folder(

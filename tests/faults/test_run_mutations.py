@@ -19,7 +19,7 @@ from test_mutations import CAUGHT, Fault, planted
 from convexprune._layerwise import allocation
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps import survey
-from convexprune._runs import executors, worker
+from convexprune._runs import executors
 from convexprune._storage import failures, files
 from convexprune._storage.batches import Batches
 from convexprune.adapters import _gradients as gradients
@@ -51,12 +51,12 @@ FAULTS = (
           test_crash.test_a_pool_that_loses_a_worker_tells_of_every_operator),
     Fault("a pool that gives up at once", executors.Pool.run, "RETRIES * len(self.devices)", "0",
           test_crash.test_a_pool_that_loses_a_worker_tells_of_every_operator),
-    Fault("what a worker raises is lost", worker._do_and_send, "errors.send(error)", "pass",
+    Fault("what a worker raises is lost", executors._do_and_send, "errors.send(error)", "pass",
           test_crash.test_what_a_worker_raises_is_what_the_pool_raises),
-    Fault("a worker of another installation", worker.Job.do,
+    Fault("a worker of another installation", executors.Job.do,
           "differences(dict(self.installed), installation(device))", "[]",
           test_executors.test_a_job_of_another_installation_is_refused_before_its_model_is_opened),
-    Fault("workers that hear Ctrl-C", worker._no_interrupts, "{signal.SIGINT}", "()",
+    Fault("workers that hear Ctrl-C", executors._no_interrupts, "{signal.SIGINT}", "()",
           test_executors.test_a_worker_ends_with_its_parent_at_once_and_leaves_ctrl_c_to_it),
     # Checkpoints.
     Fault("weights that are made up", loading.read_model, 'if info["missing_keys"]', "if False",

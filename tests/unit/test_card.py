@@ -22,8 +22,7 @@ from convexprune import errors
 from convexprune._api import calls
 from convexprune._cli.pruning import summary
 from convexprune._rendering.card import card, hub_name, sparsity_settings
-from convexprune._rendering.command import command_of
-from convexprune._rendering.facts import facts, reason
+from convexprune._rendering.facts import command_of, facts, reason
 from convexprune._rendering.templates import code, fenced
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport, Report

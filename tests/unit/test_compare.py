@@ -17,9 +17,9 @@ from convexprune._device import machine
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.pruners import SparseGPT
 from convexprune.validation import _compare as door
-from convexprune.validation import _plots as plots
+from convexprune.validation import _results as plots
 from convexprune.validation import compare, perplexity
-from convexprune.validation._plots import will_draw
+from convexprune.validation._results import will_draw
 from convexprune.validation._side_by_side import Comparison
 from convexprune.validation._variants import CONVENTIONS, make_variants
 

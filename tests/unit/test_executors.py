@@ -21,20 +21,20 @@ import convexprune
 from convexprune import errors
 from convexprune._api import request
 from convexprune._device import machine
-from convexprune._runs import executors, worker
+from convexprune._runs import executors
 from convexprune._storage.files import locked
 from convexprune.report import OperatorReport
 
 
 def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_path: Path, expected, monkeypatch):
     """The first worker is killed as soon as it holds a layer, and another takes that over."""
-    workers, start = [], worker.Worker.__init__
+    workers, start = [], executors.Worker.__init__
 
     def watched(self, job, device):
         start(self, job, device)
         workers.append(self._process)
 
-    lost, is_lost = [], worker.Worker.is_lost
+    lost, is_lost = [], executors.Worker.is_lost
 
     def killing(self):
         if not lost and list((tmp_path / ".out.part" / "work" / "scratch").glob("*")):
@@ -42,8 +42,8 @@ def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_p
             os.kill(workers[0].pid, signal.SIGKILL)
         return is_lost(self)
 
-    monkeypatch.setattr(worker.Worker, "__init__", watched)
-    monkeypatch.setattr(worker.Worker, "is_lost", killing)
+    monkeypatch.setattr(executors.Worker, "__init__", watched)
+    monkeypatch.setattr(executors.Worker, "is_lost", killing)
     told = []
     with forks():
         pool = SETTINGS | {"executor": "pool", "workers": 2}
@@ -73,13 +73,13 @@ class _Waiting:
 
 
 def _pool_that_waits(folder: Path) -> None:
-    worker.Worker(_Waiting(folder), "cpu")  # pyright: ignore[reportArgumentType]
+    executors.Worker(_Waiting(folder), "cpu")  # pyright: ignore[reportArgumentType]
     time.sleep(60)
 
 
 def test_a_worker_ends_with_its_parent_at_once_and_leaves_ctrl_c_to_it(tmp_path: Path, monkeypatch):
     forking = SimpleNamespace(**vars(multiprocessing) | {"get_context": lambda _: multiprocessing.get_context("fork")})
-    monkeypatch.setattr(worker, "multiprocessing", forking)
+    monkeypatch.setattr(executors, "multiprocessing", forking)
     parent = forked(lambda: _pool_that_waits(tmp_path))
     while not (tmp_path / "held").exists() or not (tmp_path / "held").read_text():
         time.sleep(0.01)
@@ -109,7 +109,7 @@ def test_a_job_of_another_installation_is_refused_before_its_model_is_opened(tmp
         pytest.fail("opened")
 
     work: Any = None
-    job = worker.Job(tmp_path, work, opened, 1, machine.installation("cpu") | {"torch": "0.1"})
+    job = executors.Job(tmp_path, work, opened, 1, machine.installation("cpu") | {"torch": "0.1"})
     with pytest.raises(errors.PruningError, match=r'This worker differs .*torch: "0\.1" then, ".*" now'):
         job.do("cpu")
 

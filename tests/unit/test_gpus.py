@@ -12,8 +12,8 @@ from torch import Tensor
 
 import convexprune
 from convexprune import errors
-from convexprune._api import in_folder
-from convexprune._api.in_memory import InMemory
+from convexprune._api import pruning
+from convexprune._api.pruning import InMemory
 from convexprune._device import memory
 from convexprune._layerwise.context import recorded
 from convexprune._layerwise.folder_store import FolderStore
@@ -48,7 +48,7 @@ def test_what_fits_stays_on_the_gpu_and_gives_the_same_bits(
 
     monkeypatch.setattr(batches, "write", counting)
     monkeypatch.setattr(Batches, "__getitem__", counted)
-    monkeypatch.setattr(in_folder, "room_on", lambda *_: batches.Room(limit))
+    monkeypatch.setattr(pruning, "room_on", lambda *_: batches.Room(limit))
     convexprune.prune(dense, output_dir=tmp_path / "out", **SETTINGS)
     assert checksums(tmp_path / "out") == expected
     assert seen == {"written": sent, "read": read}  # with room for all: what a killed run goes on from, once
@@ -104,7 +104,7 @@ def test_what_torch_keeps_of_a_gpu_is_given_back_before_workers_begin(monkeypatc
 
     monkeypatch.setattr(executors, "Worker", worker)
     store: Any = SimpleNamespace(count=1, is_finished=lambda _: True)
-    executors.Pool(("cuda:0", "cuda:1")).run(None, None, store, lambda _: None)  # pyright: ignore[reportArgumentType]
+    executors.Pool(devices=("cuda:0", "cuda:1")).run(None, None, store, lambda _: None)  # pyright: ignore[reportArgumentType]
     assert log == ["empty_cache", "cuda:0", "cuda:1"]
 
 

@@ -26,7 +26,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "computes"),
     [
         ("solvers/_fista.py", True), ("_layerwise/steps/prune.py", True), ("adapters/_data/sampling.py", True),
-        ("core/_quadratic.py", True), ("_cli/pruning.py", False), ("validation/_plots.py", False),
+        ("core/_quadratic.py", True), ("_cli/pruning.py", False), ("validation/_results.py", False),
         ("validation/_verify.py", False), ("report.py", False),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ from convexprune.adapters import EMBEDDED, HuggingFaceModel, load, save, text_wi
 from convexprune.adapters._data.likelihood import likelihoods
 from convexprune.errors import CalibrationError
 from convexprune.validation import Perplexity, perplexity
-from convexprune.validation._perplexity import _last_states, _of_states
+from convexprune.validation._perplexity import _last_states, fit, of_states
 
 WINDOWS = torch.arange(5 * 32).reshape(5, 32) * 37 % 4096
 LONG = torch.arange(2 * 64).reshape(2, 64) * 37 % 4096
@@ -131,7 +131,7 @@ def streamed(model: HuggingFaceModel, folder: Path) -> Perplexity:
     opened = load(folder / "model", device="cpu", stream=True)
     store = FolderStore(folder, len(opened.layers), "cpu")
     with store.scratch(store.count) as record:
-        return _of_states(opened, LONG, _last_states(opened, LONG, record, store.count, None))
+        return fit(LONG, of_states(opened, _last_states(opened, LONG, record, store.count, None)))[0][0]
 
 
 def compared(model: HuggingFaceModel, _: Path) -> Any:

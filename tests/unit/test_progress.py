@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import convexprune._api.calls
 from convexprune import _cli as cli
+from convexprune._cli.application import Stopped, listen
 from convexprune._cli.pruning import summary
-from convexprune._cli.stopping import Stopped, listen
 from convexprune._progress import Event, begin, followed_by, shown
 from convexprune._rendering.facts import facts
 from convexprune._storage.staging import Staging

@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import convexprune
 from convexprune import errors
-from convexprune._api import in_folder, request
+from convexprune._api import pruning, request
 from convexprune._device import machine
 from convexprune._layerwise import pipeline
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._runs import executors
-from convexprune._runs.folder import RunFolder
-from convexprune._runs.identity import differences
+from convexprune._runs.folder import RunFolder, differences
 
 
 def test_a_finished_folder_is_an_ordinary_one(dense: Path, tmp_path: Path):
@@ -88,7 +87,7 @@ def test_one_named_gpu_is_one_worker():
 
 def test_what_was_streamed_is_read_as_it_was_opened(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = list[bool]()
-    for room, name in ((request, "load"), (in_folder, "load_packed")):
+    for room, name in ((request, "load"), (pruning, "load_packed")):
         real = getattr(room, name)
 
         def heard(*a: Any, real: Callable[..., Any] = real, **b: Any) -> Any:

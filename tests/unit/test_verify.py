@@ -20,7 +20,7 @@ from convexprune.solvers import Status
 from convexprune.solvers._cg import ConjugateGradient
 from convexprune.solvers._fista import FISTA
 from convexprune.validation import Verification, verify
-from convexprune.validation._oracles import block, block_problems, solve_by_all
+from convexprune.validation._layer_problems import block, block_problems, solve_by_all
 
 __all__ = ["folder"]  # a fixture of test_cli
 

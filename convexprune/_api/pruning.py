@@ -1,4 +1,4 @@
-"""A call of `prune` with an output folder: layer by layer from files to files, resumable."""
+"""The work of `prune`: in memory, in place; or layer by layer from files to files, resumable."""
 
 import logging
 from dataclasses import replace
@@ -17,14 +17,14 @@ from convexprune._container.provenance import plain_checksum, require_only_resul
 from convexprune._device.capabilities import is_host
 from convexprune._device.machine import threads as use_threads
 from convexprune._layerwise.folder_store import FolderStore
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.work import prune_claimed
 from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
 from convexprune._rendering.page import write_page
-from convexprune._runs.executors import prune_in_folder
-from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder
-from convexprune._runs.identity import identity
-from convexprune._runs.worker import Job
+from convexprune._runs.executors import Job, prune_in_folder
+from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder, identity
 from convexprune._schema.functions import Call
 from convexprune._storage.batches import room_on
 from convexprune._storage.files import checksums, sha256, write_json
@@ -34,8 +34,43 @@ from convexprune.adapters._inspection.inspection import Inspection, inspect
 from convexprune.adapters._inspection.outline import device_bytes
 from convexprune.adapters._loading.packed import load as load_packed
 from convexprune.adapters._saving import pruned_entries, require_written
-from convexprune.report import Report
-from convexprune.validation import streamed_evaluation
+from convexprune.report import OperatorReport, Report
+from convexprune.validation._perplexity import streamed_evaluation
+
+
+class InMemory(Request):
+    def run(self) -> PruneResult:
+        """Prune the loaded model in place. After a failure the model is unchanged."""
+        begin("loading the model")
+        with self.open(device=self.device).lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
+            return self._pruned(loaded)
+
+    def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:
+        self._check(loaded)
+        self.clock.lap("load")
+        windows = self._windows(loaded, {})
+        report = self._report(loaded, windows)
+        self._evaluate(report, "dense", loaded, windows)
+        with use_threads(self.threads):
+            self._allocate(loaded, windows, report)
+            self._choose(loaded, windows, report)
+            on_operator = self._on_operator(loaded)
+
+            def record(operator: OperatorReport) -> None:
+                report.operators.append(operator)
+                on_operator(operator)
+
+            prune_claimed(loaded, MemoryStore(range(len(loaded.layers))), self._work(windows), record)
+        self.clock.lap("prune")
+        self._evaluate(report, "pruned", loaded, windows)
+        self._warn(report, report.sparser_before)
+        self._end(report)
+        pruned = loaded.model
+        if (narrowed := self._narrowed(pruned.get_parameter)) is not None:
+            pruned, report.narrowed = narrowed.model(loaded), narrowed.sizes(loaded)
+        mark_sparse(pruned, report)
+        return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: pruned)
+
 
 logger = logging.getLogger(__name__)
 
