@@ -1,9 +1,9 @@
 """`bench`: time products with a model's weights, and generation, in all formats of torch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,14 +132,11 @@ def _linears(model: HuggingFaceModel) -> list[Linear]:
     return found
 
 
-def _why_not(made: type[AbstractProduct], weights: Iterable[Tensor]) -> str | None:
+def _why_not(made: type[AbstractProduct], weights: Sequence[Tensor]) -> str | None:
     """Return the reason why a format is not available: a weight does not fit, or the product fails on this device."""
-    first = None
-    for weight in weights:
-        first = weight if first is None else first
-        if why := made.why_not(weight):
-            return why
-    assert first is not None
+    if why := next(filter(None, map(made.why_not, weights)), None):
+        return why
+    first = weights[0]
     try:
         made(first, None)(torch.zeros(2, first.shape[1], dtype=made.dtype, device=first.device))
     except Exception as error:  # whatever another package raises when it compiles or loads its kernel
@@ -157,7 +154,7 @@ def _layers(
     seconds = asked.seconds * OF_LAYERS / (len(shapes) * len(batches))
     for m, n in shapes:
         alike = [w for w in weights if tuple(w.shape) == (m, n)]
-        alike = list(islice(alike, max(1, CACHE // alike[0].nbytes)))
+        alike = alike[: max(1, CACHE // alike[0].nbytes)]
         made = {name: [product(w, None) for w in alike] for name, product in formats.items()}
         for batch in batches:
             runs = {name: _all_products(each, batch, n, device) for name, each in made.items()}
@@ -189,13 +186,15 @@ def _generation(
     seconds = asked.seconds * (1 - OF_LAYERS) / (len(others) * (1 + len(asked.batches)))
     for name in others:
         pair = {dense: reference, name: _converted(model, linears, formats[name])}
-        runs = {("prefill", 1, prompt): {n: _prefill(m, prompt, device) for n, m in pair.items()}}
+        tokens = torch.ones(1, prompt, dtype=torch.long, device=device)
+        runs: dict[Any, Any] = {
+            ("prefill", 1, prompt): {n: partial(m, tokens, use_cache=False) for n, m in pair.items()}
+        }
         for b in asked.batches:
             runs["decode", b, b] = {n: _decode(m, b, asked.new_tokens, device, seconds) for n, m in pair.items()}
-        for (what, batch, tokens), each in runs.items():
-            often = _new_tokens if what == "decode" else once
-            times = time_in_turns(each, device, seconds, often, ENOUGH)
-            found += [timing(what, batch, n, times, dense, _nbytes(m), tokens) for n, m in pair.items()]
+        for (what, batch, count), each in runs.items():
+            times = time_in_turns(each, device, seconds, _new_tokens if what == "decode" else once, ENOUGH)
+            found += [timing(what, batch, n, times, dense, _nbytes(m), count) for n, m in pair.items()]
         step(name)
     return merged(found)
 
@@ -207,17 +206,12 @@ def _converted(model: HuggingFaceModel, linears: Sequence[Linear], made: type[Ab
     return cast(PreTrainedModel, nn.Module.to(copy, made.dtype))
 
 
-def _prefill(model: PreTrainedModel, length: int, device: str) -> Callable[[], object]:
-    tokens = torch.ones(1, length, dtype=torch.long, device=device)
-    return lambda: model(tokens, use_cache=False)
-
-
 def _decode(model: PreTrainedModel, batch: int, new_tokens: int, device: str, seconds: float) -> Callable[[], Tensor]:
     """Return a function that generates after a single token for about a round's share of the seconds."""
     token = torch.ones(batch, 1, dtype=torch.long, device=device)
     asked: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     asked |= {"max_time": seconds / (2 * ROUNDS), "attention_mask": token, "pad_token_id": 0}
-    return lambda: cast(Any, model).generate(token, **asked)
+    return partial(cast(Any, model).generate, token, **asked)
 
 
 def _new_tokens(sequences: Tensor) -> int:

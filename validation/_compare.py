@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 
 from convexprune._device.machine import PACKAGES, Clock, default_device, installation, versions
 from convexprune._device.switches import pinned
-from convexprune._layerwise.settings import LayerSettings
 from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._recipe_file import given
@@ -45,7 +45,6 @@ from ._variants import Variant, allocated, layer_settings, make_variants
 
 logger = logging.getLogger(__name__)
 IDENTITY = Path("work", "identity.json")
-"""Called with the number of steps, returns what is called with a description of each step done."""
 
 
 @visible
@@ -92,64 +91,45 @@ def compare(
     staging = Staging(output_folder(asked.output, model), "compare")
     require_resumable(staging, staging.place / IDENTITY, asked.resume)
     texts = _texts(asked.eval_texts)
-    loaded = _load(model, device, recipe, asked.allow_changed)
-    given_settings = layer_settings(loaded, variants)
-    tokens = _tokens(loaded, dataset, recipe, texts, asked)
-    card = _card(loaded, tokens, recipe) | _named(model, dataset)
-    with working(staging.output), staging.held() as is_free:
-        if not is_free:
-            raise staging.in_use()
-        work = _claim(staging, card, variants, asked.resume)
-        comparison, clock = _compared(loaded, tokens, variants, given_settings, recipe.batch_size, work)
-        result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
-        _write(result, staging, drawing)
+    begin("loading the model")
+    source = EMBEDDED if model is None else model
+    chosen: dict[str, Any] = {"targets": recipe.targets, "ignore": recipe.ignore, "allow_changed": asked.allow_changed}
+    loaded = load(source, device=device, dtype=recipe.torch_dtype, **chosen)
+    settings = layer_settings(loaded, variants)
+    some = slice(asked.eval_windows or None)
+    windows = {name: text_windows(text, loaded, asked.eval_window, name)[some] for name, text in texts.items()}
+    tokens = Tokens(*recipe_windows(dataset, loaded, recipe), windows)
+    widest = max(operator.shape[1] for layer in loaded.layers for operator in layer.operators)
+    if (warning := shortage(tokens.calibration, widest)) is not None:
+        logger.warning(warning)
+    card = _card(loaded, tokens, recipe) | {
+        "model": "the bundled OPT" if model is None else Path(model).name,
+        "dataset": str(dataset) if isinstance(dataset, str | Path) else given(dataset),
+    }
+    with published(staging):
+        work, clock = _claim(staging, card, variants, asked.resume), Clock()
+        settings = allocated(loaded, tokens, variants, settings, recipe.batch_size)
+        clock.lap("survey for allocations")
+        comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), recipe.batch_size)
+        comparison.run(begin("comparing", comparison.units))
+        clock.lap("layers")
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, {loaded.device}"
+        result = _result(comparison, variants, card | {"command": command, "machine": machine}, clock)
+        folder = staging.begin()
+        write_json(folder / "compare.json", finite(result))
+        (folder / "report.md").write_text(markdown(result, draw(result, folder) if drawing else []))
     return result
 
 
-def _load(model: str | Path | None, device: str, recipe: Recipe, allow_changed: bool) -> HuggingFaceModel:
-    begin("loading the model")
-    return load(
-        EMBEDDED if model is None else model,
-        device=device,
-        dtype=recipe.torch_dtype,
-        targets=recipe.targets,
-        ignore=recipe.ignore,
-        allow_changed=allow_changed,
-    )
-
-
-def _tokens(model: HuggingFaceModel, dataset: Any, recipe: Recipe, texts: Mapping[str, str], asked: Any) -> Tokens:
-    some = slice(asked.eval_windows or None)
-    windows = {name: text_windows(text, model, asked.eval_window, name)[some] for name, text in texts.items()}
-    tokens = Tokens(*recipe_windows(dataset, model, recipe), windows)
-    _warn_if_short(model, tokens)
-    return tokens
-
-
-def _compared(
-    model: HuggingFaceModel,
-    tokens: Tokens,
-    variants: Sequence[Variant],
-    given_settings: Mapping[str, LayerSettings],
-    batch_size: int,
-    work: Path,
-) -> tuple[Comparison, Clock]:
-    clock = Clock()
-    settings = allocated(model, tokens, variants, given_settings, batch_size)
-    clock.lap("survey for allocations")
-    comparison = Comparison(model, tokens, settings, Store(work, model.device), batch_size)
-    comparison.run(begin("comparing", comparison.units))
-    clock.lap("layers")
-    return comparison, clock
-
-
-def _write(result: dict[str, Any], staging: Staging, drawing: bool) -> None:
-    folder = staging.begin()
-    write_json(folder / "compare.json", finite(result))
-    drawn = draw(result, folder) if drawing else []
-    (folder / "report.md").write_text(markdown(result, drawn))
-    staging.publish()
-    staging.discard()
+@contextmanager
+def published(staging: Staging) -> Iterator[None]:
+    """Hold the place of an output, and publish the output if the block ends well; otherwise keep what is there."""
+    with working(staging.output), staging.held() as is_free:
+        if not is_free:
+            raise staging.in_use()
+        yield
+        staging.publish()
+        staging.discard()
 
 
 def require_resumable(staging: Staging, begun: Path, resume: bool) -> None:
@@ -166,19 +146,16 @@ def require_resumable(staging: Staging, begun: Path, resume: bool) -> None:
         )
 
 
-def _warn_if_short(model: HuggingFaceModel, tokens: Tokens) -> None:
-    widest = max(operator.shape[1] for layer in model.layers for operator in layer.operators)
-    if (warning := shortage(tokens.calibration, widest)) is not None:
-        logger.warning(warning)
-
-
 def _card(model: HuggingFaceModel, tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
     """Return conditions of a result beside the settings: tokens, weights, arithmetic, versions."""
-    installed = installation(model.device)
+    installed, weights = installation(model.device), hashlib.sha256()
+    for name, parameter in model.model.named_parameters():
+        weights.update(name.encode())
+        weights.update(raw(parameter))
     return {
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "tokens": {name: f"{ids.shape[0]} x {ids.shape[1]}" for name, ids in tokens.streams.items()},
-        "hashes": {"model": _model_hash(model)} | {name: checksum(ids) for name, ids in tokens.streams.items()},
+        "hashes": {"model": weights.hexdigest()} | {name: checksum(ids) for name, ids in tokens.streams.items()},
         "device": model.device.type,
         "threads": torch.get_num_threads(),
         **{name: value for name, value in installed.items() if name not in PACKAGES},
@@ -186,17 +163,6 @@ def _card(model: HuggingFaceModel, tokens: Tokens, recipe: Recipe) -> dict[str, 
         "seed": recipe.seed,
         "batch size": recipe.batch_size,
     }
-
-
-def _named(model: str | Path | None, dataset: Any) -> dict[str, str]:
-    return {
-        "model": "the bundled OPT" if model is None else Path(model).name,
-        "dataset": str(dataset) if isinstance(dataset, str | Path) else given(dataset),
-    }
-
-
-def _machine(model: HuggingFaceModel) -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, {model.device}"
 
 
 def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str, Any], clock: Clock) -> dict[str, Any]:
@@ -238,11 +204,3 @@ def _claim(staging: Staging, card: dict[str, Any], variants: Sequence[Variant], 
             "began with, or another output folder."
         )
     return path.parent
-
-
-def _model_hash(model: HuggingFaceModel) -> str:
-    total = hashlib.sha256()
-    for name, parameter in model.model.named_parameters():
-        total.update(name.encode())
-        total.update(raw(parameter))
-    return total.hexdigest()

@@ -135,8 +135,8 @@ class SemiStructured(AbstractProduct):
 
     @staticmethod
     def why_not(weight: Tensor) -> str | None:
-        if why := _without_cuda(weight):
-            return why
+        if weight.device.type != "cuda":
+            return "it needs an NVIDIA GPU"
         if weight.shape[1] % 4 or bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) > 2).any()):
             return "the weight is not 2:4"
         return None
@@ -151,10 +151,6 @@ class SemiStructured(AbstractProduct):
     @property
     def nbytes(self) -> int:
         return self.kept
-
-
-def _without_cuda(weight: Tensor) -> str | None:
-    return None if weight.device.type == "cuda" else "it needs an NVIDIA GPU"
 
 
 FORMATS: Mapping[str, type[AbstractProduct]] = {

@@ -33,8 +33,6 @@ def make_row(
     variant: Variant, records: Sequence[Mapping[str, Any]], texts: Mapping[str, Mapping[str, Likelihood]]
 ) -> Row:
     operators = [o for record in records for o in record["operators"]]
-    peaks = {key: [r[key] for r in records if r[key] is not None] for key in ("peak_bytes", "more_bytes")}
-    gaps = [o["gap"] for o in operators if o["gap"] is not None]
     return {
         "name": variant.name,
         "method": variant.method,
@@ -56,9 +54,9 @@ def make_row(
         "solve_seconds": sum(r["solve_seconds"] for r in records),
         "seconds": sum(r["seconds"] for r in records),
         "products": fmean(r["products"] for r in records),
-        "largest_gap": max(gaps, default=None),
-        "peak_bytes": max(peaks["peak_bytes"], default=None),
-        "more_bytes": max(peaks["more_bytes"], default=None),
+        "largest_gap": _largest(o["gap"] for o in operators),
+        "peak_bytes": _largest(r["peak_bytes"] for r in records),
+        "more_bytes": _largest(r["more_bytes"] for r in records),
         "operators": operators,
     }  # fmt: skip
 
@@ -103,18 +101,26 @@ def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """Return the report: table, meaning of the columns, plots, and the command to reproduce."""
-    header, lines = cells(result)
-    shared = result["shared_seconds"]
+    shared = ", ".join(f"{seconds:.0f} s {name}" for name, seconds in result["shared_seconds"].items())
+    columns = f"Of each text: perplexity, its excess over dense, mean KL divergence from dense in nats. {CAPTION}"
+    notes = [columns, f"Shared by all, in no row: {shared}."]
+    return document("methods side by side", cells(result), notes, plots, result["card"])
+
+
+def document(
+    title: str, cells: tuple[Sequence[str], Sequence[Sequence[str]]], notes: Sequence[str], plots: Sequence[str],
+    card: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """Return the report: table, meaning of the columns, plots, the command to reproduce, and the conditions."""
+    header, lines = cells
+    marks = ["---"] * len(NAMES) + ["---:"] * (len(header) - len(NAMES))  # names to the left and numbers to the right
     parts = [
-        f"# {result['card']['model']}: methods side by side",
-        markdown_table(header, lines),
-        f"Of each text: perplexity, its excess over dense, mean KL divergence from dense in nats. {CAPTION}",
-        f"Shared by all, in no row: {', '.join(f'{seconds:.0f} s {name}' for name, seconds in shared.items())}.",
+        f"# {card['model']}: {title}",
+        "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *lines)),
+        *notes,
         *(f"![{name}]({name})" for name in plots),
-        "## Reproduce",
-        f"```sh\n{result['card']['command']}\n```",
-        "\n".join(f"- {key}: {value}" for key, value in _flat(result["card"]) if key != "command"),
+        f"## Reproduce\n\n```sh\n{card['command']}\n```",
+        "\n".join(f"- {key}: {value}" for key, value in _flat(card) if key != "command"),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -135,12 +141,6 @@ def terminal_table(title: str, header: Sequence[str], lines: Iterable[Sequence[s
     for line in lines:
         shown.add_row(*line)
     return shown
-
-
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a table for a report, names to the left and numbers to the right."""
-    marks = ["---"] * len(NAMES) + ["---:"] * (len(header) - len(NAMES))
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *lines))
 
 
 def _text_cells(row: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
@@ -164,6 +164,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
+def _largest(values: Iterable[Any]) -> Any:
+    return max((value for value in values if value is not None), default=None)
+
+
 def short(value: float | None, style: str = ".2e") -> str:
     return "-" if value is None else format(value, style)
 
@@ -173,7 +177,6 @@ def to_perplexity(nll: float) -> float:
     return exp(nll) if nll < 700 else float("inf")
 
 
-Row = Mapping[str, Any]
 LAYER = {
     "error_by_layer": "relative error, calibration tokens",
     "held_out_error_by_layer": "relative error, held-out tokens",
@@ -256,8 +259,7 @@ def _error(row: Row) -> float:
 
 def _point(row: Row) -> dict[str, Any]:
     unstructured = row["pattern"] == "unstructured"
-    words = [row["method"], row["convention"], *([] if row["allocation"] == "uniform" else [row["allocation"]])]
-    words += ["by row"] if row["quota"] == "row" else []
+    name, _, convention = name_cells(row)
     target = f"{row['asked_sparsity']:.0%}" if unstructured else row["pattern"]
     kind = "unstructured" if unstructured else "N:M"
-    return {"variant": " ".join(words), "target": target, "kind": kind, "sparsity": row.get("sparsity")}
+    return {"variant": f"{name}, {convention}", "target": target, "kind": kind, "sparsity": row.get("sparsity")}

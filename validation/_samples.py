@@ -10,14 +10,13 @@ from typing import Any
 from rich.table import Table
 
 from convexprune._progress.shown import visible
-from convexprune._storage.failures import working
 from convexprune._storage.files import write_json
 from convexprune._storage.staging import Staging, output_folder
 from convexprune.errors import RecipeError
 from convexprune.report import finite
 
-from ._compare import compare, require_resumable
-from ._results import NAMES, Row, draw_samples, markdown_table, name_cells, terminal_table, to_perplexity, will_draw
+from ._compare import compare, published, require_resumable
+from ._results import NAMES, Row, document, draw_samples, name_cells, terminal_table, to_perplexity, will_draw
 
 SAMPLES = "samples.json"
 SAME = ("name", "method", "pattern", "quota", "allocation", "asked_sparsity", "convention")
@@ -66,9 +65,7 @@ def compare_samples(
     drawing = will_draw(plots)
     staging = Staging(output_folder(output, model), "compare")
     require_resumable(staging, staging.new, resume)
-    with working(staging.output), staging.held() as is_free:
-        if not is_free:
-            raise staging.in_use()
+    with published(staging):
         folder = staging.new if resume else staging.begin()
         results = list[dict[str, Any]]()
         for seed in seeds:
@@ -81,10 +78,7 @@ def compare_samples(
         card = results[0]["card"] | {"seed": list(seeds), "command": command}
         summary = {"card": card, "dense": results[0]["dense"], "rows": _rows([r["rows"] for r in results])}
         write_json(folder / SAMPLES, finite(summary))
-        drawn = [draw_samples(summary, folder)] if drawing else []
-        (folder / "report.md").write_text(markdown(summary, drawn))
-        staging.publish()
-        staging.discard()
+        (folder / "report.md").write_text(markdown(summary, [draw_samples(summary, folder)] if drawing else []))
     return summary
 
 
@@ -157,16 +151,10 @@ def table(summary: Mapping[str, Any]) -> Table:
 
 
 def markdown(summary: Mapping[str, Any], plots: Sequence[str]) -> str:
-    card = summary["card"]
-    parts = [
-        f"# {card['model']}: methods side by side on {len(card['seed'])} calibration samples",
-        markdown_table(*cells(summary)),
-        CAPTION,
-        *(f"![{name}]({name})" for name in plots),
-        f"Each sample by itself: {', '.join(f'[seed {s}](seed-{s}/report.md)' for s in card['seed'])}.",
-        f"## Reproduce\n\n```sh\n{card['command']}\n```",
-    ]
-    return "\n\n".join(parts) + "\n"
+    seeds = summary["card"]["seed"]
+    each = f"Each sample by itself: {', '.join(f'[seed {s}](seed-{s}/report.md)' for s in seeds)}."
+    title = f"methods side by side on {len(seeds)} calibration samples"
+    return document(title, cells(summary), [CAPTION, each], plots, summary["card"])
 
 
 def _of_first(mean: Mapping[str, float] | None, style: str) -> list[str]:

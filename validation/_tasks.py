@@ -14,6 +14,8 @@ from convexprune._schema.functions import Evaluate
 from convexprune.adapters import HuggingFaceModel
 from convexprune.errors import DependencyError, ModelError, RecipeError, install_hint
 
+from ._results import short
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -31,7 +33,8 @@ class TaskScore:
         return replace(self, dense=dense.value, dense_error=dense.error)
 
     def shown(self, both: bool) -> list[str]:
-        return [_with_error(self.value, self.error), *([_with_error(self.dense, self.dense_error)] if both else [])]
+        pairs = [(self.value, self.error), *([(self.dense, self.dense_error)] if both else [])]
+        return [short(value, ".4f") + ("" if error is None else f" ± {error:.4f}") for value, error in pairs]
 
 
 def require_tasks(names: Sequence[str], folder: Path | None) -> None:
@@ -92,9 +95,3 @@ def _scores(task: str, metrics: dict[str, Any], count: dict[str, int] | None) ->
         known = float(error) if isinstance(error, int | float) else None
         scores.append(TaskScore(task, name, float(value), known, None if count is None else count.get("effective")))
     return scores
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

@@ -68,7 +68,7 @@ def time_in_turns(
     wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     start, counted = time.perf_counter(), 0
     for number in range(MOST):
-        took = {}
+        took = dict[str, float]()
         for name, run in runs.items():
             wait()
             began = time.perf_counter()
@@ -109,6 +109,7 @@ def merged(timings: Iterable[Timing]) -> list[Timing]:
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+@dataclass
 class Peak:
     """The largest number of bytes held inside the block, and its growth; None where nobody counts."""
 
@@ -118,9 +119,8 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    peak, cuda = Peak(), device.type == "cuda"
+    peak, cuda, before = Peak(), device.type == "cuda", 0
     countable = cuda or os.access(REFERENCES, os.W_OK)
-    before = 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

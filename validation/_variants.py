@@ -104,9 +104,6 @@ class Variant:
         return self.recipe().layer_settings()
 
 
-_LISTS = ("methods", "sparsity", "pattern", "convention", "allocation")
-
-
 def make_variants(
     methods: Sequence[str],
     sparsities: Sequence[float],
@@ -122,9 +119,9 @@ def make_variants(
     allocation and quota: "fista:convention=pruned-layer:allocation=half-curve". "own" is the convention of the method's
     paper, the recipe's default allocation, and the quota by row for Wanda, as published (unless rows compete).
     """
-    for name, values in zip(_LISTS, (methods, sparsities, patterns, conventions, allocations), strict=True):
-        twice = [value for i, value in enumerate(values) if value in values[:i]]
-        if twice:
+    lists = {"methods": methods, "sparsity": sparsities, "pattern": patterns, "convention": conventions}
+    for name, values in (lists | {"allocation": allocations}).items():
+        if twice := [value for i, value in enumerate(values) if value in values[:i]]:
             raise RecipeError(f"{name} names {twice[0]} twice. Leave one of them out.")
     for kind in (parse_pattern(pattern).removes for pattern in patterns):
         if kind in OWN_BENCHMARKS:
@@ -157,19 +154,21 @@ def _variant(
     elif quota == "own":
         quota = "row" if method.partition(":")[0] in BY_ROW and allocation != "rows" else "matrix"
     if allocation == "own":
-        allocation = make_recipe(
-            model="", **_method(method), pattern=pattern, sparsity=sparsity, quota=quota
-        ).allocation
-    return Variant(method, pattern, sparsity, _known_convention(convention, method), quota, allocation)
+        asked = {"pattern": pattern, "sparsity": sparsity, "quota": quota}
+        allocation = make_recipe(model="", **_method(method), **asked).allocation
+    if convention not in ("own", *CONVENTIONS):
+        raise RecipeError(unknown("convention", convention, ["own", *CONVENTIONS]))
+    convention = _own(method) if convention == "own" else convention
+    return Variant(method, pattern, sparsity, convention, quota, allocation)
 
 
 def _method(text: str) -> dict[str, Any]:
     name, *pairs = text.split(":")
-    if name not in (*METHODS, *SOLVERS, *QUANTIZED):
+    kinds = {"method": METHODS, "quantizer": QUANTIZED, "solver": SOLVERS}
+    kind = next((kind for kind, names in kinds.items() if name in names), None)
+    if kind is None:
         raise RecipeError(unknown("method", name, (*METHODS, *SOLVERS, *QUANTIZED)))
-    settings: dict[str, Any] = {"method": name} if name in METHODS else {"method": "convex", "solver": name}
-    if name in QUANTIZED:
-        settings = {"method": "convex", "quantizer": name}
+    settings: dict[str, Any] = {"method": "convex", kind: name}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
@@ -198,12 +197,6 @@ def _without_own(text: str) -> tuple[str, dict[str, list[str]]]:
     return ":".join(part for part, key, *_ in pairs if key not in own), own
 
 
-def _known_convention(name: str, method: str) -> str:
-    if name not in ("own", *CONVENTIONS):
-        raise RecipeError(unknown("convention", name, ["own", *CONVENTIONS]))
-    return _own(method) if name == "own" else name
-
-
 def _own(method: str) -> str:
     """Return the convention of the method's paper; for ours, of the recipe's defaults."""
     name = method.partition(":")[0]
@@ -217,22 +210,16 @@ def _own(method: str) -> str:
 
 def layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
     """Return layer settings by variant. After a removal only operators that read the removed parts are pruned."""
-    settings = _narrowed(model, variants)
+    settings = {variant.name: variant.layer_settings() for variant in variants}
+    patterns = {name: each.pattern for name, each in settings.items()}
+    if narrows := [pattern for pattern in patterns.values() if pattern.removes]:
+        if len({pattern.removes for pattern in patterns.values()}) > 1:
+            raise RecipeError(f"Pattern {str(narrows[0])!r} has its own operators: compare it with no other pattern.")
+        found = {pattern: find_removal(model, pattern) for pattern in dict.fromkeys(narrows)}
+        found[narrows[0]].choose(model)
+        settings = {name: replace(each, patterns=found[patterns[name]].patterns) for name, each in settings.items()}
     _check(model, settings.values())
     return settings
-
-
-def _narrowed(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
-    asked = {variant.name: variant.recipe().build_pattern() for variant in variants}
-    narrows = [pattern for pattern in asked.values() if pattern.removes]
-    if not narrows:
-        return {variant.name: variant.layer_settings() for variant in variants}
-    if len({pattern.removes for pattern in asked.values()}) > 1:
-        raise RecipeError(f"Pattern {str(narrows[0])!r} has its own operators: compare it with no other pattern.")
-    found = {pattern: find_removal(model, pattern) for pattern in dict.fromkeys(narrows)}
-    next(iter(found.values())).choose(model)
-    pairs = zip(variants, narrows, strict=True)
-    return {v.name: replace(v.layer_settings(), patterns=found[pattern].patterns) for v, pattern in pairs}
 
 
 def allocated(

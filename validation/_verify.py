@@ -28,6 +28,7 @@ from convexprune.constraints import parse_pattern
 from convexprune.core._bound import LowerBound
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners._damped import damped
+from convexprune.report import finite
 
 from ._layer_problems import (
     OperatorProblem,

@@ -127,12 +127,8 @@ class PruneResult(Shown, _Result):
         if self.output_dir is not None:
             raise OutputError(f"The result lies in {self.output_dir} already: copy that folder.")
         staging = Staging.of_new(folder)
-        with working(staging.output), staging.held() as is_free:
-            if not is_free:
-                raise staging.in_use()
-            write_result(self.model, self.tokenizer, self.report, staging.begin())
-            staging.publish()
-            staging.discard()
+        with working(staging.output), staging.whole() as place:
+            write_result(self.model, self.tokenizer, self.report, place)
         return staging.output
 
     def push_to_hub(
