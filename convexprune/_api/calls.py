@@ -1,6 +1,5 @@
 """The public functions `prune`, `plan` and `permute`."""
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -109,6 +108,7 @@ def plan(*, recipe: Recipe | str | Path | None = None, **settings: Any) -> Inspe
 
 
 def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[Call, dict[str, Any]]:
+    """Return the call and the recipe's settings, those of a recipe beside the given ones."""
     given = {name: value for name, value in given.items() if not (name == "model" and value is None)}
     if recipe is not None:
         given = {name: value for name, value in given.items() if value is not UNSET}
@@ -116,15 +116,10 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
         read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())
         given = {name: value for name, value in read.chosen.items() if name not in gone} | given
     call, asked = PRUNE.read(given)
-    _require_named(asked)
-    return call, bundled_if_none(asked)
-
-
-def _require_named(settings: Mapping[str, Any]) -> None:
-    """Refuse a recipe whose model or tokens were objects in memory, unless they are given again."""
     for name in ("model", "dataset", "evaluation"):
-        if isinstance(text := settings.get(name), str) and text.endswith(GIVEN):
+        if isinstance(text := asked.get(name), str) and text.endswith(GIVEN):
             raise RecipeError(f"The {name} of this recipe was a {text}. Name one: {name}=... (--{name}).")
+    return call, bundled_if_none(asked)
 
 
 @visible

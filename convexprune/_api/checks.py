@@ -32,8 +32,17 @@ def executor_for(call: Call, recipe: Recipe, source: Any, device: str) -> Abstra
         raise RecipeError(f"workers={workers}: executor={name!r} {why}. Leave it out, or take 'pool' or 'ray'.")
     if call.overwrite and name == "ranks":
         raise RecipeError("overwrite=True with executor='ranks': one process replaces a folder. Remove it yourself.")
-    if name != "serial":
-        _check_spread(call, recipe, source)
+    if name != "serial" and call.output_dir is None:
+        raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")
+    if name in ("pool", "ray") and recipe.prefix == "pruned":
+        instead = "" if recipe.build_pattern().compensates else "; or use prefix='dense'"
+        raise RecipeError(
+            f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so layers "
+            "cannot be spread. executor='ranks', started by torchrun, spreads the samples of each layer, and "
+            f"executor='serial' over threads{instead}."
+        )
+    if name in ("pool", "ray") and isinstance(source, PreTrainedModel):
+        raise RecipeError(f"executor={name!r}: the workers cannot open a model that is loaded. Give its folder.")
     return make_executor(name, workers or default_workers(device, recipe.threads), device)
 
 
@@ -51,21 +60,6 @@ def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
     return executor.together
 
 
-def _check_spread(call: Call, recipe: Recipe, source: Any) -> None:
-    name = call.executor
-    if call.output_dir is None:
-        raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")
-    if recipe.prefix == "pruned" and name != "ranks":
-        instead = "" if recipe.build_pattern().compensates else "; or use prefix='dense'"
-        raise RecipeError(
-            f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so layers "
-            "cannot be spread. executor='ranks', started by torchrun, spreads the samples of each layer, and "
-            f"executor='serial' over threads{instead}."
-        )
-    if name != "ranks" and isinstance(source, PreTrainedModel):
-        raise RecipeError(f"executor={name!r}: the workers cannot open a model that is loaded. Give its folder.")
-
-
 TOO_FEW = 8192  # tokens for columns to be chosen by: with a quarter of them SmolLM2 is 8 % worse (lab/tried.md)
 ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and the inputs up to which they are quick
 
@@ -77,9 +71,7 @@ def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> I
     few, shared = shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)
     removes = recipe.build_pattern().removes is not None  # then what is left is of no matter
     unknown = None if removes else unknown_maps(model.left_alone, model.model, model.layers)
-    for warning in (few, shared, unknown, eager_because(model.device)):
-        if warning is not None:
-            yield warning
+    yield from (warning for warning in (few, shared, unknown, eager_because(model.device)) if warning is not None)
     if recipe.method == "convex" and recipe.solver in ORACLES and widest > FEW:
         yield (
             f"solver={recipe.solver!r} solves row by row, 60 problems a row: minutes for an operator of {FEW} inputs, "
@@ -97,34 +89,32 @@ def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> I
 
 def check_copies(call: Call) -> None:
     """Refuse, before any work, a folder in which copies would replace what is not such a copy."""
-    if call.report_dir is None or is_result(call):
-        return
-    folder = output_folder(call.report_dir, is_staged=False)
-    there = [name for name in (REPORT, RECIPE) if os.path.lexists(folder / name)]
+    folder = _copies(call)
+    there = [] if folder is None else [name for name in (REPORT, RECIPE) if os.path.lexists(folder / name)]
     if there and not (call.resume or call.overwrite):
         raise OutputError(f"{folder} already holds {' and '.join(there)}. Give another report_dir (--save).")
-    _require_copies(folder)
 
 
 def write_copies(report: Report, call: Call) -> None:
-    if call.report_dir is None or is_result(call):
-        return
+    if (folder := _copies(call)) is not None:
+        write_text(folder / REPORT, report.to_json())
+        write_recipe(make_recipe(**report.recipe), folder)
+
+
+def _copies(call: Call) -> Path | None:
+    """Return the folder for copies of report and recipe, unless it is that of the result, where both lie anyway.
+
+    Refuse a folder with files of these names that are no report and no recipe of a run.
+    """
+    if call.report_dir is None:
+        return None
+    if call.output_dir is not None and len({f.expanduser().resolve() for f in (call.report_dir, call.output_dir)}) == 1:
+        return None
     folder = output_folder(call.report_dir, is_staged=False)
-    _require_copies(folder)
-    write_text(folder / REPORT, report.to_json())
-    write_recipe(make_recipe(**report.recipe), folder)
-
-
-def is_result(call: Call) -> bool:
-    """Return True if the folder for copies is that of the result of the `call`, where they lie anyway."""
-    folders = [folder.expanduser().resolve() for folder in (call.report_dir, call.output_dir) if folder is not None]
-    return len(folders) == 2 and folders[0] == folders[1]
-
-
-def _require_copies(folder: Path) -> None:
-    """Refuse a folder with files of these names that are no report and no recipe of a run."""
-    reads = {REPORT: lambda: RunFolder(folder).report(), RECIPE: lambda: read_recipe(folder / RECIPE)}
-    for name, read in reads.items():
+    for name, read in {
+        REPORT: lambda: RunFolder(folder).report(),
+        RECIPE: lambda: read_recipe(folder / RECIPE),
+    }.items():
         if os.path.lexists(path := folder / name):
             try:
                 if path.is_symlink():
@@ -134,3 +124,4 @@ def _require_copies(folder: Path) -> None:
                 raise OutputError(
                     f"{path} was not written by a run, and is not replaced. Give another report_dir (--save)."
                 ) from cause
+    return folder

@@ -62,7 +62,8 @@ class Sources:
         A model has to be whole in memory to sample text: a streamed model is opened whole for sampling, and released.
         """
         windows, to_sample = self.sampled(known), [name for name, text in self._by_use.items() if needs_sampling(text)]
-        if needs_sampling(self.dataset) and self._is_file:
+        is_given = isinstance(self.evaluation, Tensor) or self.evaluation not in (None, "self", HELD_OUT)
+        if needs_sampling(self.dataset) and is_given:
             # Before the model writes its own text, which takes long: this one may be too short.
             windows["evaluation"] = self._to_evaluate(model, window_length(model, recipe.max_seq_length), recipe)
         sampler = whole() if model.streams and not windows.keys() >= set(to_sample) else model
@@ -86,11 +87,6 @@ class Sources:
             settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": recipe.seed}
             return calibration_and_held_out("self", model, split="evaluation", **settings)[0]
         return text_windows(Path(self.evaluation), model, window)
-
-    @property
-    def _is_file(self) -> bool:
-        text = self.evaluation
-        return text is not None and not (isinstance(text, str) and text in ("self", HELD_OUT))
 
     @property
     def _by_use(self) -> dict[str, Any]:

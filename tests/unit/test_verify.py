@@ -100,7 +100,7 @@ def test_a_solver_that_is_wrong_fails_the_verdict_and_the_command(folder: Path, 
 def test_a_verification_of_nothing_fails_and_says_so():
     nothing = Verification("a model", {}, 1e-6, 1e-4)
     assert not nothing.passed and nothing.faults
-    assert json.loads(nothing.to_json())["median_ratio"] == "NaN"
+    assert json.loads(nothing.to_json())["median_ratio"] == "nan"
 
 
 def test_settings_beside_a_run_and_unknown_operators_are_refused(folder: Path):
