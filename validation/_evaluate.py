@@ -1,7 +1,7 @@
 """`evaluate`: perplexity by the conventions of the field, divergence from the dense model, bits per byte, tasks."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import log
 from pathlib import Path
@@ -118,10 +118,12 @@ def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any)
     own, shared = EVALUATE.read({"model": model, **settings} if model is not None else settings)
     _check(own)
     device, chosen = default_device(shared.get("device", "auto")), bundled_if_none(shared)
+    dtype = None if chosen.get("dtype") is None else getattr(torch, str(chosen["dtype"]))
+    trust: dict[str, Any] = {"trust_remote_code": own.trust_remote_code, "allow_changed": own.allow_changed}
     with within_memory():
         begin("loading the model")
-        opened = [_open(source, device, own, chosen) for source in (chosen["model"], own.against) if source is not None]
-        return _measured(opened, own)
+        sources = [source for source in (chosen["model"], own.against) if source is not None]
+        return _measured([load(source, device=device, dtype=dtype, **trust) for source in sources], own)
 
 
 def _check(own: Evaluate) -> None:
@@ -140,12 +142,6 @@ def _check(own: Evaluate) -> None:
         require_tasks(own.tasks, own.tasks_dir)
 
 
-def _open(source: Any, device: str, own: Evaluate, chosen: Mapping[str, Any]) -> HuggingFaceModel:
-    dtype = None if chosen.get("dtype") is None else getattr(torch, str(chosen["dtype"]))
-    trust: dict[str, Any] = {"trust_remote_code": own.trust_remote_code, "allow_changed": own.allow_changed}
-    return load(source, device=device, dtype=dtype, **trust)
-
-
 def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
     model, *others = opened
     for dense in others:
@@ -154,17 +150,21 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
     if own.window is not None and own.window > limit:
         raise CalibrationError(f"window={own.window}: the models can see {limit} tokens at most.")
     texts, left_out = list[TextScore](), list[str]()
+    windows = _conventions(limit, own.window)
     for text in own.text:
-        content, known = _content(text, limit, own), 0
-        for convention, window in _conventions(limit, own.window):
+        content, known = _content(text, max(window for _, window in windows), own), 0
+        for convention, window in windows:
             if convention == "native" and (window > LONGEST or known < window):
                 why = f"the text has {known:,} tokens" if known < window else f"ask for it with window={window}"
                 left_out.append(f"{text} by native windows of {window:,} tokens: {why}.")
                 continue
             tokens = text_windows(content, model, window, text)
             known = tokens.numel()
-            most = OF_C4 if own.max_windows is None and text == "c4" else own.max_windows
-            texts.append(_score(text, convention, tokens[:most], model, *others))
+            tokens = tokens[: OF_C4 if own.max_windows is None and text == "c4" else own.max_windows]
+            *reference, (p, kl) = fit(tokens, *(of_model(each.model) for each in (*others, model)))
+            bits = _bits_per_byte(p, tokens, model)
+            beside = (kl, reference[0][0]) if reference else (None, None)
+            texts.append(TextScore(text, convention, p, bits, *beside))
     found = [evaluate_tasks(each, own) for each in opened] if own.tasks else [()]
     scores = found[0] if len(found) == 1 else tuple(a.beside(b) for a, b in zip(*found, strict=True))
     return Evaluation(model.name, others[0].name if others else None, tuple(texts), tuple(scores), tuple(left_out))
@@ -186,18 +186,11 @@ def _conventions(limit: int, asked: int | None) -> list[tuple[str, int]]:
     return [("common, native", limit)] if limit <= COMMON else [("common", COMMON), ("native", limit)]
 
 
-def _content(text: str, limit: int, own: Evaluate) -> str:
+def _content(text: str, longest: int, own: Evaluate) -> str:
     """Return a text: of C4, which is endless, as much as the windows may need."""
     if text not in CORPORA:
         return text_of(text)
-    longest = max(window for _, window in _conventions(limit, own.window))
     return hub_text(text, "evaluation", (own.max_windows or OF_C4) * longest * CHARACTERS if text == "c4" else None)
-
-
-def _score(text: str, convention: str, tokens: Tensor, model: HuggingFaceModel, *dense: HuggingFaceModel) -> TextScore:
-    *reference, (p, kl) = fit(tokens, *(of_model(each.model) for each in (*dense, model)))
-    bits = _bits_per_byte(p, tokens, model)
-    return TextScore(text, convention, p, bits, *((kl, reference[0][0]) if reference else (None, None)))
 
 
 def _bits_per_byte(p: Perplexity, tokens: Tensor, model: HuggingFaceModel) -> float | None:

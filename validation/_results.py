@@ -193,25 +193,21 @@ def will_draw(plots: bool | None) -> bool:
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
     """Draw errors by decoder layer and by products, and error, divergence and perplexity by sparsity."""
-    rows, texts = result["rows"], list(result["dense"]["texts"])
-    names = []
+    rows, texts, plots = result["rows"], list(result["dense"]["texts"]), dict[str, tuple[Any, ...]]()
     for key, label in LAYER.items():
         places = ((row, i, value) for row in rows for i, value in enumerate(row[key]) if value is not None)
         points = [_point(row) | {"layer": i, label: value} for row, i, value in places]
-        if not points:
-            continue  # nothing was held out
-        names.append(_lines(folder, key.replace("_", "-"), points, "layer", label, col="target", errorbar=None))
-    errors = [_point(row) | {"products": 1 + row["products"], "relative error": _error(row)} for row in rows]
-    names.append(
-        _lines(folder, "error-against-products", errors, "products", "relative error", "scatter", col="target")
-    )
-    names.append(_lines(folder, "error-against-sparsity", errors, "sparsity", "relative error", style="kind"))
-    for measure in ("kl", "perplexity") if texts else ():
+        plots[key.replace("_", "-")] = points, "layer", label, {"col": "target", "errorbar": None}
+    means = [row["held_out_error"]["mean"] or row["error"]["mean"] for row in rows]
+    pairs = zip(rows, means, strict=True)
+    errors = [_point(row) | {"products": 1 + row["products"], "relative error": mean} for row, mean in pairs]
+    plots["error-against-products"] = errors, "products", "relative error", {"col": "target", "kind": "scatter"}
+    plots["error-against-sparsity"] = errors, "sparsity", "relative error", {"style": "kind", "markers": True}
+    for measure in ("kl", "perplexity"):
         points = [_point(row) | {"text": text, measure: row["texts"][text][measure]} for row in rows for text in texts]
-        names.append(
-            _lines(folder, f"{measure}-against-sparsity", points, "sparsity", measure, col="text", style="kind")
-        )
-    return names
+        options = {"col": "text", "style": "kind", "markers": True}
+        plots[f"{measure}-against-sparsity"] = points, "sparsity", measure, options
+    return [_lines(folder, name, *plot) for name, plot in plots.items() if plot[0]]  # maybe nothing was held out
 
 
 def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
@@ -233,28 +229,19 @@ def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
     return "divergence-over-first.png"
 
 
-def _lines(folder: Path, name: str, points: Sequence[Row], x: str, y: str, kind: Any = "line", **options: Any) -> str:
+def _lines(folder: Path, name: str, points: Sequence[Row], x: str, y: str, options: Mapping[str, Any]) -> str:
     """Draw a line for every variant, and a panel for every value of the column `col`."""
     import pandas
     import seaborn
     from matplotlib import pyplot
 
-    table = pandas.DataFrame(points)
-    options |= {"markers": True} if options.get("style") else {}
+    chosen: dict[str, Any] = {"kind": "line", "hue": "variant", "height": 4, "facet_kws": {"sharey": False}, **options}
     with seaborn.axes_style("whitegrid"):
-        grid = seaborn.relplot(
-            table, x=x, y=y, hue="variant", kind=kind, height=4, facet_kws={"sharey": False}, **options
-        )
+        grid = seaborn.relplot(pandas.DataFrame(points), x=x, y=y, **chosen)
     grid.set(yscale="log", xscale="log" if x == "products" else "linear")
     grid.savefig(folder / f"{name}.png", dpi=120)
     pyplot.close(grid.figure)
     return f"{name}.png"
-
-
-def _error(row: Row) -> float:
-    """Return the mean error on held-out tokens, or on calibration tokens if none were held out."""
-    held_out = row["held_out_error"]["mean"]
-    return row["error"]["mean"] if held_out is None else held_out
 
 
 def _point(row: Row) -> dict[str, Any]:

@@ -68,20 +68,16 @@ class Store:
         shutil.rmtree(self._states(network, layer, "").parent, ignore_errors=True)
 
     def record(self, network: str, layer: int, facts: Any) -> None:
-        write_json(self._record(network, layer), facts)
+        write_json(self._place(network) / f"layer-{layer:03d}.json", facts)
 
     def recorded(self, network: str, layer: int) -> Any:
-        return read_json(self._record(network, layer))
+        return read_json(self._place(network) / f"layer-{layer:03d}.json")
 
     def _states(self, network: str, layer: int, stream: str) -> Path:
-        return self._folder / _safe(network) / f"states-{layer:03d}" / f"{stream}.bin"
+        return self._place(network) / f"states-{layer:03d}" / f"{stream}.bin"
 
-    def _record(self, network: str, layer: int) -> Path:
-        return self._folder / _safe(network) / f"layer-{layer:03d}.json"
-
-
-def _safe(network: str) -> str:
-    return "".join(c if c.isalnum() or c in ".=-" else "_" for c in network)
+    def _place(self, network: str) -> Path:
+        return self._folder / "".join(c if c.isalnum() or c in ".=-" else "_" for c in network)
 
 
 DENSE = "dense"
@@ -98,8 +94,8 @@ class Tokens:
 
     @property
     def streams(self) -> dict[str, Tensor]:
-        streams = {"calibration": self.calibration, "held-out": self.held_out}
-        streams |= {_stream(name): windows for name, windows in self.texts.items()}
+        texts = {_stream(name): windows for name, windows in self.texts.items()}
+        streams = {"calibration": self.calibration, "held-out": self.held_out} | texts
         return {name: windows for name, windows in streams.items() if len(windows)}
 
     def batches(self, size: int) -> dict[str, list[Tensor]]:
@@ -142,12 +138,10 @@ class Comparison:
             self._layer(context, todo, on_layer)
             self._let_go(context.number, todo, on_layer)
 
-        pending = list[int]()
-        for number in range(len(self._model.layers)):
-            if self._todo(number):
-                pending.append(number)
-            else:
-                self._let_go(number, (), on_layer)
+        numbers = range(len(self._model.layers))
+        pending = [number for number in numbers if self._todo(number)]
+        for number in set(numbers).difference(pending):
+            self._let_go(number, (), on_layer)
         windows = list(chain.from_iterable(self._batches.values()))
         LayerWalk(self._model, windows, MemoryStore(pending), streams=()).run(step)
 
@@ -197,7 +191,9 @@ class Comparison:
                 first[weights] = {g: f for part in parts for g, f in part.items()}
             with _put_back(layer):
                 record, known = self._prune(context, name, first.get(weights, {}))
-                for stream in self._advanced(name):
+                for stream in self._batches:
+                    if stream == FITTED and settings.prefix == "dense":
+                        continue
                     taken = known if stream == FITTED else None
                     self._store.write_states(name, number + 1, stream, self._through(context, name, stream, taken))
             self._store.record(name, number + 1, record)
@@ -247,9 +243,6 @@ class Comparison:
     ) -> Iterator[Tensor]:
         states = self._states(name, context.number, stream)
         return through(context.layer, context.calls, states, known)
-
-    def _advanced(self, name: str) -> list[str]:
-        return [s for s in self._batches if s != FITTED or self._variants[name].prefix == "pruned"]
 
 
 @dataclass

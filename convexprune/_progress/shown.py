@@ -116,9 +116,7 @@ class Lines:
     """A line as a phase begins, as a layer is pruned, and now and then while a phase goes on."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._last = time.monotonic()
-        self._began = dict[str, float]()
+        self._console, self._last, self._began = console, time.monotonic(), dict[str, float]()
         self._layer = list[Any]()  # reports of the operators of a layer
 
     def __call__(self, event: Event) -> None:
@@ -133,12 +131,14 @@ class Lines:
 
     def _operator(self, event: Event) -> None:
         if self._layer and _layer(self._layer[0]) != _layer(event.report):
-            self._say(f"pruned {self._count(replace(event, done=event.done - 1))}  {_summary(self._layer)}")
-            self._layer.clear()
+            self._end_layer(replace(event, done=event.done - 1))
         self._layer.append(event.report)
         if event.done == event.total:
-            self._say(f"pruned {self._count(event)}  {_summary(self._layer)}")
-            self._layer.clear()
+            self._end_layer(event)
+
+    def _end_layer(self, event: Event) -> None:
+        self._say(f"pruned {self._count(event)}  {_summary(self._layer)}")
+        self._layer.clear()
 
     def _count(self, event: Event) -> str:
         if event.total is None:

@@ -57,9 +57,7 @@ def card(report: Report, layout: str | None = None) -> str:
     name, zeros = name_of_model(report), f"{report.sparsity:.1%}"
     body = text_of(
         "card.md.jinja",
-        title=", ".join(
-            [name, *([f"{zeros} of its weights zero"] if report.asks_for_zeros else []), *_kind(report, layout)]
-        ),
+        title=", ".join([name, *[f"{zeros} of its weights zero"][: report.asks_for_zeros], *_kind(report, layout)]),
         layout=layout,
         model=name,
         hub_name=hub_name(report.recipe.get("model")),
@@ -101,11 +99,7 @@ def metadata(report: Report, layout: str | None = None) -> ModelCardData:
     return ModelCardData(
         model_name=name_of_model(report),
         base_model=base,
-        base_model_relation=None
-        if base is None
-        else "quantized"
-        if layout
-        else "finetune",  # the hub has no word for pruned models
+        base_model_relation=base and ("quantized" if layout else "finetune"),  # the hub has no word for pruned models
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["convexprune", *_kind(report, layout), *(["pruned", "sparse"] if zeros else []), *kinds],
@@ -152,8 +146,8 @@ def _results(report: Report) -> list[EvalResult]:
 
 
 def _licence(report: Report) -> str:
-    base = report.base
-    named = base.get("license_name") or base.get("license")
-    said = f"that of the base model: {named if isinstance(named, str) else ', '.join(named)}" if named else ""
-    link = base.get("license_link")
-    return f"{said} ({link})" if said and link else said
+    named, link = (report.base.get(name) for name in ("license_name", "license_link"))
+    if not (named := named or report.base.get("license")):
+        return ""
+    said = f"that of the base model: {named if isinstance(named, str) else ', '.join(named)}"
+    return f"{said} ({link})" if link else said

@@ -60,15 +60,12 @@ def histogram(values: Sequence[float], bins: int, log: bool) -> Chart | None:
     for v in known:
         counts[min(bins - 1, int(bins * (v - low) / (high - low)))] += 1
     top, bar = max(counts), (WIDTH - 2 * MARGIN) / bins
-    ticks = (
-        [(v, f"1e{v}") for v in range(int(low), int(high) + 1)] if log else [(v / 4, f"{v / 4:g}") for v in range(5)]
-    )
+    powers, quarters = range(int(low), int(high) + 1), [i / 4 for i in range(5)]
+    ticks = [(float(v), f"1e{v}") for v in powers] if log else [(v, f"{v:g}") for v in quarters]
+    said = f"of {len(values)} operators"
+    places = [(_x(i / bins) + 0.5, _y(n / top), n) for i, n in enumerate(counts) if n]
     return Chart(
-        [
-            Mark(_x(i / bins) + 0.5, _y(n / top), _y(0) - _y(n / top), f"{n} of {len(values)} operators")
-            for i, n in enumerate(counts)
-            if n
-        ],
+        [Mark(x, y, _y(0) - y, f"{n} {said}") for x, y, n in places],
         [Mark(_x((v - low) / (high - low)), _y(0), 0.0, text) for v, text in ticks],
         [Mark(_x(0), _y(share), 0.0, f"{share * top:g}") for share in (0, 1)],
         bar - 1,

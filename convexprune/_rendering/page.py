@@ -53,9 +53,7 @@ def page(report: Report, folder: str | None = None) -> str:
         tiles=list(_tiles(report)),
         facts=[fact for fact in (*facts(report), *costs(report)) if fact.name != "warning"],  # it shows these apart
         held_out=held_out,
-        errors=grid(
-            report.operators, lambda o: o.held_out_error if held_out else o.relative_error, charts.percent, True
-        ),
+        errors=_errors(report, "held_out_error" if held_out else "relative_error"),
         zeros=_zeros(report),
         pairs=_pairs(report),
         gaps=charts.histogram([o.gap for o in report.operators if o.gap is not None], 24, log=True),
@@ -73,14 +71,15 @@ def page(report: Report, folder: str | None = None) -> str:
 
 
 def _tiles(report: Report) -> Iterator[Tile]:
-    for name, values in _measures(report).items():
-        digits, note = (2, _times(values)) if name == "perplexity" else (4, "nats a token")
-        yield Tile(name, " → ".join(f"{value:.{digits}f}" for value in values.values()), note)
+    for key, name, digits in (("value", "perplexity", 2), ("kl", "KL from dense", 4)):
+        values = {model: float(p[key]) for model, p in report.perplexity.items() if p.get(key) is not None}
+        note = _times(values) if key == "value" else "nats a token"
+        if values:
+            yield Tile(name, " → ".join(f"{value:.{digits}f}" for value in values.values()), note)
     if report.asks_for_zeros:
         weights = sum(o.outputs * o.inputs for o in report.operators)
         yield Tile("zeros", f"{100 * report.sparsity:.1f} %", f"of {weights / 1e6:,.1f} M weights")
-    known = [o.held_out_error for o in report.operators if o.held_out_error is not None]
-    if known:
+    if known := [o.held_out_error for o in report.operators if o.held_out_error is not None]:
         yield Tile("held-out error", f"{charts.percent(fmean(known))} %", "mean over the operators")
     if report.median_bound_ratio is not None:
         yield Tile("lower bound", f"{report.median_bound_ratio:.2f}", "of the error no pruning avoids (median)")
@@ -90,15 +89,6 @@ def _tiles(report: Report) -> Iterator[Tile]:
     if "process" in report.memory:
         peak = max((kind for kind in report.memory), key=lambda kind: (kind == "gpu", report.memory[kind]))
         yield Tile("peak memory", bytes_text(report.memory[peak]), "of the GPU" if peak == "gpu" else "of the process")
-
-
-def _measures(report: Report) -> dict[str, dict[str, float]]:
-    kinds = {"value": "perplexity", "kl": "KL from dense"}
-    found = {
-        name: {model: float(p[key]) for model, p in report.perplexity.items() if p.get(key) is not None}
-        for key, name in kinds.items()
-    }
-    return {name: values for name, values in found.items() if values}
 
 
 def _times(values: dict[str, float]) -> str:
@@ -127,12 +117,14 @@ def _zeros(report: Report) -> Grid | None:
     return grid(report.operators, lambda o: o.sparsity, lambda v: f"{100 * v:.0f}", log=False)
 
 
-def _pairs(report: Report) -> charts.Chart | None:
-    def by_place(error: str) -> dict[str, float]:
-        table = grid(report.operators, lambda o: getattr(o, error), charts.percent, log=True)
-        return {cell.name: cell.value for cell in table.cells}
+def _errors(report: Report, name: str) -> Grid:
+    return grid(report.operators, lambda o: getattr(o, name), charts.percent, log=True)
 
-    fitted, held_out = by_place("relative_error"), by_place("held_out_error")
+
+def _pairs(report: Report) -> charts.Chart | None:
+    fitted, held_out = (
+        {cell.name: cell.value for cell in _errors(report, name).cells} for name in ("relative_error", "held_out_error")
+    )
     return charts.pairs([(fitted[name], held_out[name], name) for name in fitted if name in held_out])
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from convexprune._schema.group import Settings, setting
 from convexprune._schema.parameters import LISTED, RECIPE, Parameters
-from convexprune._schema.settings import ALLOW_CHANGED, LARGEST_SEED, Reading, RemoteCode
+from convexprune._schema.settings import ALLOW_CHANGED, LARGEST_SEED, Plain, Reading, RemoteCode
 from convexprune.errors import OutputError, RecipeError, unknown
 
 
@@ -66,7 +66,9 @@ class CompareSamples(Compare):
 
 class Verify(Settings):
     group = "verification"
-    model: str | None = setting(None, "Of the folder of a run: where its dense model is now, if it was moved.")
+    model: Annotated[str | None, Plain] = setting(
+        None, "Of the folder of a run: where its dense model is now, if it was moved."
+    )
     operators: tuple[str, ...] = setting(
         (), "Operators to verify, names or re:REGEX that matches the beginning of some; repeat it for more."
     )
@@ -81,15 +83,14 @@ class Verify(Settings):
     allow_changed: bool = setting(False, ALLOW_CHANGED)
     seed: int = setting(0, "Of what is drawn.", ge=0, le=LARGEST_SEED)
 
-    @field_validator("model", mode="before")
-    @classmethod
-    def _name_of_model(cls, model: Any) -> Any:
-        return str(model) if isinstance(model, Path) else model
+
+def _texts(texts: Any) -> list[str]:
+    return [str(each) for each in ([texts] if isinstance(texts, str | Path) else texts)]
 
 
 class Evaluate(Reading):
     group = "data"
-    text: tuple[str, ...] = setting(
+    text: Annotated[tuple[str, ...], BeforeValidator(_texts)] = setting(
         (),
         "Texts to measure perplexity on: .txt or .jsonl files; wikitext2, c4, ptb (from the hub); python-docs, "
         "licences (of this installation); repeat it for more.",
@@ -117,11 +118,6 @@ class Evaluate(Reading):
     num_fewshot: int | None = setting(None, "Examples before each item of a task. Left out: as the task has it.", ge=0)
     limit: int | None = setting(None, "Only the first so many items of each task, to try it out.", ge=1)
     task_batch: int = setting(8, "Items of a task in one forward pass.", "--batch-size", ge=1)
-
-    @field_validator("text", mode="before")
-    @classmethod
-    def _listed(cls, texts: Any) -> Any:
-        return [str(each) for each in ([texts] if isinstance(texts, str | Path) else texts)]
 
 
 class Bench(Reading):

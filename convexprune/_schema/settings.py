@@ -4,9 +4,10 @@ The recipe (`convexprune.recipe`), the options of the command line, the argument
 (`_schema.functions`) are made from these groups. No import of torch here: help is quick.
 """
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from convexprune._schema.group import Settings, from_yaml, setting
 from convexprune.errors import RecipeError, shown
@@ -17,17 +18,23 @@ LARGEST_SEED = 2**63 - 1  # torch's generators take no more
 ONE_OF = "a sparsity, a pattern or a method"
 
 
+def _plain(value: Any) -> Any:
+    """Return the name of a dtype, a device or a path; any other value is returned unchanged."""
+    is_named = isinstance(value, Path) or type(value).__name__ in ("dtype", "device")  # of torch, which is not imported
+    return str(value).removeprefix("torch.") if is_named else value
+
+
+Plain = BeforeValidator(_plain)
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)]
+"""Of a setting that may be a single name."""
+
+
 class ModelSettings(Settings):
     group = "model"
     model: str = setting(BUNDLED, "Folder, or name on the hub. Left out: the small OPT model that is bundled.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Plain] = setting(
         None, "float32, bfloat16 or float16. Left out: as the checkpoint is stored; the bundled model in float32."
     )
-
-    @field_validator("dtype", mode="before")
-    @classmethod
-    def _name_of_dtype(cls, value: Any) -> Any:
-        return str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
 
 
 class DataSettings(Settings):
@@ -60,7 +67,7 @@ class DataSettings(Settings):
 class Rule(Settings):
     """Settings of selected operators. The recipe has the defaults."""
 
-    targets: tuple[str, ...] = Field(min_length=1)
+    targets: Names = Field(min_length=1)
     sparsity: float | None = None
     pattern: str | None = None
     method: str | None = None
@@ -70,11 +77,6 @@ class Rule(Settings):
         if self.sparsity is self.pattern is self.method is None:
             raise RecipeError(f"The rule for {', '.join(self.targets)} changes nothing. Give {ONE_OF}.")
         return self
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _listed(cls, names: Any) -> Any:
-        return [names] if isinstance(names, str) else names
 
 
 class TargetSettings(Settings):
@@ -189,7 +191,7 @@ class MethodSettings(Settings):
         ge=0,
     )
     refit: bool | None = setting(None, "Least squares for the weights that are kept. Left out: as the method has it.")
-    error_correction: float = setting(
+    error_correction: Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, bool) else v)] = setting(
         None,
         "How much an operator makes up for the errors of those pruned before it, 0 to 1. Left out: 1, or 1/2 with the "
         "prefix pruned; as published for gptaq, 0.25, and qep, 0.5.",
@@ -224,19 +226,9 @@ class MethodSettings(Settings):
         "What finds the codes of quantize: descent, ours; or a baseline: gptq (with prefix pruned and error_correction "
         "0 as published), gptaq, qep, rtn (round to nearest).",
     )
-    method_args: dict[str, Any] = setting(
+    method_args: Annotated[dict[str, Any], BeforeValidator(lambda v: {} if v is None else from_yaml(v))] = setting(
         {}, "Further settings of the method's class in convexprune.pruners, as {name: value, ...}."
     )
-
-    @field_validator("error_correction", mode="before")
-    @classmethod
-    def _switch(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, bool) else value
-
-    @field_validator("method_args", mode="before")
-    @classmethod
-    def _mapping(cls, value: Any) -> Any:
-        return {} if value is None else from_yaml(value)
 
 
 class RunSettings(Settings):
@@ -258,7 +250,9 @@ class RunSettings(Settings):
 
 class DeviceSettings(Settings):
     group = "device"
-    device: str = setting("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1, ...", first=True)
+    device: Annotated[str, Plain] = setting(
+        "auto", "auto (the GPU if there is one), cpu, cuda, cuda:1, ...", first=True
+    )
     gram_precision: Literal["auto", "float32", "tf32", "bf16x3"] = setting(
         "auto",
         "How second moments are multiplied: float32; tf32; bf16x3, three products of bfloat16; auto, float32 on a CPU, "
@@ -278,11 +272,6 @@ class DeviceSettings(Settings):
         "workers.",
         ge=1,
     )
-
-    @field_validator("device", mode="before")
-    @classmethod
-    def _name_of_device(cls, value: Any) -> Any:
-        return str(value) if type(value).__name__ == "device" else value
 
 
 GROUPS = (ModelSettings, DataSettings, TargetSettings, MethodSettings, RunSettings, DeviceSettings)
