@@ -50,11 +50,9 @@ class Bench:
     left_out: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
         return asdict(self) | {"verdict": self.verdict()}
 
     def tables(self) -> Iterator[Table]:
-        """Yield the timings of single weights, and those of the whole model."""
         for title, number in (("One weight", "ms"), ("The whole model", "tokens/s")):
             heads = ("", "batch", "format", number, "time over dense", "middle half", "rounds", "MB read")
             table = Table(*heads, box=SIMPLE_HEAD)

@@ -39,8 +39,6 @@ SENTENCE = "The 3 quick brown foxes (naïve, odd) jumped over 12 lazy dogs."  # 
 
 @dataclass(frozen=True)
 class TextScore:
-    """The fit of a model to a text, by a convention."""
-
     text: str
     convention: str  # "common" (`COMMON` tokens, or the limit if less), "native" (the limit), both, or "given"
     perplexity: Perplexity
@@ -127,7 +125,6 @@ def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any)
 
 
 def _check(own: Evaluate) -> None:
-    """Refuse, before any work, texts and tasks that are not there."""
     if not own.text and not own.tasks:
         raise RecipeError("Nothing to evaluate on. Give a text (--text FILE, or wikitext2), tasks (--tasks), or both.")
     for text in own.text:

@@ -47,8 +47,6 @@ class AbstractProduct(nn.Module, ABC):
 
 
 class Float32(AbstractProduct):
-    """The weight in float32."""
-
     dtype = torch.float32
     weight: Tensor
 
@@ -60,8 +58,6 @@ class Float32(AbstractProduct):
 
 
 class BFloat16(Float32):
-    """The weight in bfloat16."""
-
     dtype = torch.bfloat16
 
 

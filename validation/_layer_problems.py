@@ -26,8 +26,6 @@ from convexprune.solvers import AbstractSolver, make_solver
 
 @dataclass(frozen=True, eq=False)
 class OperatorProblem:
-    """An operator and the problem of its pruner."""
-
     name: str
     dense: Tensor  # [m n]
     pruned: Tensor  # [m n]
@@ -85,7 +83,6 @@ def operator_problems(
 
 
 def _pruned(context: LayerContext, settings: LayerSettings, on_operator: OnOperator) -> DecoderLayer:
-    """Return a copy of the layer, pruned as a run prunes it."""
     copied = replace(context, layer=deepcopy(context.layer))
     copied.observe((settings.error_target,))
     Pipeline(settings, stack_steps(settings, on_operator))(copied)
@@ -229,7 +226,6 @@ def production(penalty: str) -> dict[str, AbstractSolver]:
 
 
 def oracles() -> dict[str, AbstractSolver]:
-    """Return three foreign solvers, by name."""
     return {
         "cvxpy, Clarabel": make_solver("cvxpy", engine="CLARABEL"),
         "cvxpy, OSQP": make_solver("cvxpy", engine="OSQP"),
@@ -238,7 +234,6 @@ def oracles() -> dict[str, AbstractSolver]:
 
 
 def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
-    """Solve a problem by the production solver of its penalty and by the oracles."""
     solutions = {key: solver.solve(problem) for key, solver in (production(penalty) | oracles()).items()}
     values = {key: solution.certificate.primal for key, solution in solutions.items()}
     least, energy = min(values.values()), problem.quadratic.target_energy

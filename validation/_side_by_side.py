@@ -58,7 +58,6 @@ class Store:
         recorded.keep(path)
 
     def states(self, network: str, layer: int, stream: str) -> Batches:
-        """Return the hidden states of `write_states`, read from the file on use."""
         path = self._states(network, layer, stream)
         if (found := Batches.kept(path, self._device)) is None:
             raise OutputError(f"{path} is missing or damaged. Remove {self._folder}, and begin the comparison again.")
@@ -146,7 +145,6 @@ class Comparison:
         LayerWalk(self._model, windows, MemoryStore(pending), streams=()).run(step)
 
     def _todo(self, number: int) -> list[str]:
-        """Return the networks without a record of the layer."""
         return [name for name in self._networks if self._store.recorded(name, number + 1) is None]
 
     def _let_go(self, number: int, todo: Sequence[str], on_layer: Callable[[str], None]) -> None:

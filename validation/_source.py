@@ -39,8 +39,6 @@ MOVED = ("model", "dataset")  # of a run, which may be elsewhere by now
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The models and the data set of `verify`."""
-
     recipe: Recipe  # of the run, or of a pruning to try
     dense: HuggingFaceModel
     dataset: Any  # as in the recipe, or at its new place

@@ -38,7 +38,6 @@ class TaskScore:
 
 
 def require_tasks(names: Sequence[str], folder: Path | None) -> None:
-    """Refuse, before any work, tasks that lm-eval does not have."""
     if find_spec("lm_eval") is None:
         raise DependencyError(f"Tasks need lm-eval: {install_hint('eval')}")
     if folder is not None and not folder.expanduser().is_dir():

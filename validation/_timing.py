@@ -18,8 +18,6 @@ LATE = 3  # times the seconds: then one round is enough
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of a format: the median of the rounds."""
-
     what: str  # the shape of a weight [m n], or "prefill" or "decode" of the whole model
     batch: int
     format: str
@@ -48,7 +46,6 @@ class Timing:
 
 
 def once(made: object) -> int:
-    """Return 1: a run does the timed work once."""
     return 1
 
 

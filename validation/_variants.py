@@ -62,8 +62,6 @@ QUOTAS = ("matrix", "own", "row")
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with a pattern under a convention."""
-
     method: str
     pattern: str
     sparsity: float | None

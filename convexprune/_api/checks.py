@@ -65,7 +65,6 @@ ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and th
 
 
 def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
-    """Yield warnings before a run: few tokens, untouched weights, no compiler, slow settings."""
     shapes = [operator.shape for layer in model.layers for operator in layer.operators]
     widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
     few, shared = shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)

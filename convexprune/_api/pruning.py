@@ -190,7 +190,6 @@ class InFolder(Request):
         self.folder.finish(report)
 
     def _write_files(self, loaded: HuggingFaceModel, store: FolderStore, report: Report, place: Path) -> None:
-        """Write the pruned model and its companions to the folder `place`, and check the files."""
         stored = pruned_entries(loaded, store)
         narrowed = self._narrowed(lambda name: stored[name].read())
         if narrowed is not None:

@@ -68,7 +68,6 @@ def upload(
 def write_result(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, report: Report, folder: Path
 ) -> None:
-    """Write a model pruned in memory as a folder, with all companions of a run."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

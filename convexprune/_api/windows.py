@@ -29,8 +29,6 @@ EVALUATION_SAMPLES = 32  # of text that the model samples itself
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """A data set for calibration, and a text for evaluation."""
-
     dataset: Any
     evaluation: Any  # as the caller gave it; None without an evaluation
 

@@ -30,7 +30,6 @@ class Command(TyperCommand):
     """A command with options in groups, and help texts as wide as the terminal."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the groups: arguments, important options, then all options in their order."""
         groups: dict[str, list[str]] = defaultdict(list, Arguments=[], Options=[])
         for each in self.get_params(ctx):
             if record := each.get_help_record(ctx):
@@ -146,7 +145,6 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def status(stop: KeyboardInterrupt) -> int:
-    """The exit status of a process that was stopped: 128 and the signal's number."""
     return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
 
 

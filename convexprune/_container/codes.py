@@ -45,7 +45,6 @@ class Layout(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """True if columns have the scales."""
         return self.group < ROW
 
     @property
@@ -77,7 +76,6 @@ def layout_of(begin: Bytes, spec: Spec) -> Layout | None:
 
 
 def _fits(layout: Layout, values: Tensor) -> bool:
-    """Return True if the first groups with a non-zero are on the grid."""
     rows = len(values) // layout.columns // layout.rows * layout.rows
     lines, grid = layout.lines(values[: rows * layout.columns]), layout.grid()
     if lines.numel() == 0 or lines.shape[1] % grid.width(lines.shape[1]):

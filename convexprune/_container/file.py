@@ -107,17 +107,11 @@ def packed_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-class Contents(NamedTuple):
-    """The content of a packed file: original bytes, and by tensor the number of weights and the packed bytes."""
-
-    before: int
-    tensors: Mapping[str, tuple[int, int]]
-
-
-def contents(path: Path) -> Contents:
+def contents(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Return the original bytes of a packed file, and by tensor the number of weights and the packed bytes."""
     header, parts = _parts(path)
     tensors = {n: (8 * p.spec.nbytes // BITS[p.spec.code], p.entry.spec.nbytes) for n, p in parts.items()}
-    return Contents(len(header) + sum(part.spec.nbytes for part in parts.values()), tensors)
+    return len(header) + sum(part.spec.nbytes for part in parts.values()), tensors
 
 
 # ---- packing
@@ -178,10 +172,16 @@ class _Part(NamedTuple):
 
 
 def _unpacked(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of the original file by block; refuse a tensor at its end if the checksum differs."""
     header, parts = _parts(path)
     yield header
     for part in parts.values():
-        yield from _tensor(part)
+        digest = hashlib.sha256()
+        for block in _decoded(part) if part.coded else blocks(part.entry):
+            digest.update(block)
+            yield block
+        if digest.hexdigest() != part.checksum:
+            raise damaged(path, "a tensor is not the one that was packed")
 
 
 def _parts(path: Path) -> tuple[bytes, dict[str, _Part]]:
@@ -192,12 +192,8 @@ def _parts(path: Path) -> tuple[bytes, dict[str, _Part]]:
         specs, _ = parse_header(text)
         if not specs.keys() == found.keys() == checksums.keys() >= coded:
             raise ValueError("its tensors are not those that it tells of")
-        groups = notes["groups"]
-        layouts = {name: Layout.of(group, specs[name]) for name, group in groups.items()}
-        parts = {
-            name: _Part(found[name], spec, checksums[name], name in coded, layouts.get(name))
-            for name, spec in specs.items()
-        }
+        layouts = {name: Layout.of(group, specs[name]) for name, group in notes["groups"].items()}
+        parts = {n: _Part(found[n], spec, checksums[n], n in coded, layouts.get(n)) for n, spec in specs.items()}
         if wrong := [name for name in specs.keys() - coded if specs[name] != found[name].spec]:
             raise ValueError(f"{wrong[0]} is not what it was")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as cause:
@@ -215,16 +211,6 @@ def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
     if notes["version"] != VERSION:
         raise ModelError(f"It was packed in version {shown(notes['version'])} of the format. Known: {VERSION}.")
     return notes
-
-
-def _tensor(part: _Part) -> Iterator[bytes]:
-    """Yield the bytes of a tensor by block; refuse the tensor at its end if the checksum differs."""
-    digest = hashlib.sha256()
-    for block in _decoded(part) if part.coded else blocks(part.entry):
-        digest.update(block)
-        yield block
-    if digest.hexdigest() != part.checksum:
-        raise damaged(part.entry.path, "a tensor is not the one that was packed")
 
 
 def _decoded(part: _Part) -> Iterator[bytes]:

@@ -65,8 +65,8 @@ def measured(folder: Path, names: Iterable[Path], operators: Iterable[str] = ())
     files = [folder / name for name in names]
     packs = {path: contents(path) for path in files if is_packed(path)}
     sizes = {path: Stamp.of(path).size for path in files}
-    before = sum(packs[path].before if path in packs else size for path, size in sizes.items())
-    tensors = {name: size for each in packs.values() for name, size in each.tensors.items()}
+    before = sum(packs[path][0] if path in packs else size for path, size in sizes.items())
+    tensors = {name: size for _, inside in packs.values() for name, size in inside.items()}
     bits = 8 * sum(sizes[path] for path in packs) / max(1, sum(count for count, _ in tensors.values()))
     pruned = [tensors[f"{name}.weight"] for name in operators if f"{name}.weight" in tensors]
     own = 8 * sum(size for _, size in pruned) / sum(count for count, _ in pruned) if pruned else None
@@ -222,7 +222,6 @@ def write_folder(
     staging: Staging,
     require: Callable[[Path], None] = lambda _: None,
 ) -> Path:
-    """Write files of a folder to another folder, in which all are or nothing is."""
     step = begin(doing, len(writes))
     with staging.whole() as whole:
         for source, (name, convert) in writes.items():

@@ -34,7 +34,6 @@ def width(bits: int) -> int:
 
 
 def longest(nbytes: int) -> int:
-    """The most bytes that a block of `nbytes` bytes is coded in."""
     return 2 * nbytes + 1024
 
 
@@ -119,7 +118,6 @@ class Streams:
         return np.frombuffer(_decompressed(frame, nbytes) if nbytes or length else b"", np.uint8)
 
     def byte(self) -> int:
-        """A byte that is in no stream."""
         if not self._left:
             raise ValueError("a block ends too early")
         value, self._left = self._left[0], self._left[1:]

@@ -50,7 +50,6 @@ def require_as_written(folder: Path, allow_changed: bool = False) -> None:
 
 
 def plain_checksum(folder: Path, name: str) -> str | None:
-    """Compute the sha256 of a file, packed or not."""
     packed = str(packed_name(Path(name)))
     if packed != name and checksum_inside(folder, packed) is not None:
         return packed_checksum(folder / packed)

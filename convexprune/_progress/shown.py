@@ -95,14 +95,11 @@ def _columns() -> Sequence[ProgressColumn]:
 
 
 class Bar:
-    """A progress bar for the current phase, with the result of the last step."""
-
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._tasks = dict[str, TaskID]()
 
     def __call__(self, event: Event) -> None:
-        """Show an event."""
         if not event.done:
             self._tasks[event.phase] = self._progress.add_task(event.phase, total=event.total)
         shown = self._tasks[event.phase]
@@ -120,7 +117,6 @@ class Lines:
         self._layer = list[Any]()  # reports of the operators of a layer
 
     def __call__(self, event: Event) -> None:
-        """Show an event, or keep it for the line of its layer."""
         if not event.done:
             self._began[event.phase] = time.monotonic()
             self._say(event.phase)

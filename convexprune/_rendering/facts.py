@@ -89,7 +89,6 @@ def bytes_text(size: float) -> str:
 
 
 def name_of_model(report: Report) -> str:
-    """Return the base model's name on the hub, or the last part of its path."""
     return short(str(report.recipe.get("model", BUNDLED)))
 
 
@@ -251,7 +250,6 @@ def worst(report: Report, count: int) -> list[OperatorReport]:
 
 
 def reason(o: OperatorReport, report: Report) -> str:
-    """Return the likely reason of an operator's large error, the first that applies."""
     if o.status not in (None, "SOLVED"):
         return f"its last solve ended as {o.status}"
     if o.tokens < o.inputs:

@@ -20,7 +20,6 @@ def markdown(value: object) -> str:
 
 
 def code(value: object) -> str:
-    """Text to stand in Markdown as code."""
     text = _line(value)
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"

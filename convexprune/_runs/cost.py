@@ -44,7 +44,6 @@ class Memory:
 
     @property
     def all(self) -> int:
-        """Bytes of a process on a CPU."""
         return self.device - self.beside + LIBRARIES + round(KEPT * (self.moments + self.method))
 
 
@@ -195,7 +194,6 @@ class Speed:
 
 
 def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
-    """An estimate of the time by phase, without reading and writing."""
     return {
         "forward": work.forward / speed.forward,
         "gram": work.gram / speed.single,

@@ -145,8 +145,6 @@ class AbstractExecutor(ABC):
 
 
 class Serial(AbstractExecutor):
-    """Only this process, layer by layer."""
-
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         with threads(job.threads):
             prune_claimed(model, store, job.work, on_operator)
@@ -285,7 +283,6 @@ def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> N
 def prune_in_folder(
     executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator
 ) -> None:
-    """Prune every decoder layer that is missing in a store."""
     store.discard_damaged()
     for number in range(store.count):
         if store.is_finished(number):

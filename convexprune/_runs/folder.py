@@ -50,7 +50,6 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """True if the result is in the folder."""
         return self.replaces is None and (self.folder / REPORT).is_file()
 
     @property

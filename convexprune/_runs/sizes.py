@@ -60,8 +60,6 @@ def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
 
 @dataclass(frozen=True)
 class Stack:
-    """Operators with a common input: a problem [m n]."""
-
     names: tuple[str, ...]
     heights: tuple[int, ...]
     inputs: int
@@ -70,7 +68,6 @@ class Stack:
 
     @property
     def outputs(self) -> int:
-        """m: the outputs of all operators together."""
         return sum(self.heights)
 
 
