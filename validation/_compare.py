@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from convexprune import adapters
 from convexprune._device.machine import PACKAGES, Clock, default_device, installation, versions
 from convexprune._device.switches import pinned
 from convexprune._progress import OnProgress, begin
@@ -24,15 +25,7 @@ from convexprune._storage.failures import working
 from convexprune._storage.files import write_json
 from convexprune._storage.staging import Staging, output_folder, require_empty
 from convexprune._storage.tensors import raw
-from convexprune.adapters import (
-    EMBEDDED,
-    HuggingFaceModel,
-    bundled_if_none,
-    check_dataset,
-    load,
-    recipe_windows,
-    text_windows,
-)
+from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._data.rows import shortage
 from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
@@ -81,24 +74,25 @@ def compare(
     lists = {"methods": methods, "sparsities": sparsities, "patterns": patterns, "conventions": conventions}
     asked, shared = COMPARE.read(settings | lists | {"output": output})
     dataset = shared.pop("dataset", "self")
-    recipe = make_recipe(**bundled_if_none(shared | {"model": model}) | {"model": ""})
+    recipe = make_recipe(**adapters.bundled_if_none(shared | {"model": model}) | {"model": ""})
     variants = make_variants(
         asked.methods, asked.sparsities, asked.patterns, asked.conventions, asked.quota, asked.allocations
     )
     drawing = will_draw(asked.plots)
     device = default_device(recipe.device)
-    check_dataset(dataset)
+    adapters.check_dataset(dataset)
     staging = Staging(output_folder(asked.output, model), "compare")
     require_resumable(staging, staging.place / IDENTITY, asked.resume)
     texts = _texts(asked.eval_texts)
     begin("loading the model")
-    source = EMBEDDED if model is None else model
+    source = adapters.EMBEDDED if model is None else model
     chosen: dict[str, Any] = {"targets": recipe.targets, "ignore": recipe.ignore, "allow_changed": asked.allow_changed}
-    loaded = load(source, device=device, dtype=recipe.torch_dtype, **chosen)
+    loaded = adapters.load(source, device=device, dtype=recipe.torch_dtype, **chosen)
     settings = layer_settings(loaded, variants)
     some = slice(asked.eval_windows or None)
-    windows = {name: text_windows(text, loaded, asked.eval_window, name)[some] for name, text in texts.items()}
-    tokens = Tokens(*recipe_windows(dataset, loaded, recipe), windows)
+    each = {name: adapters.text_windows(text, loaded, asked.eval_window, name) for name, text in texts.items()}
+    windows = {name: tokens[some] for name, tokens in each.items()}
+    tokens = Tokens(*adapters.recipe_windows(dataset, loaded, recipe), windows)
     widest = max(operator.shape[1] for layer in loaded.layers for operator in layer.operators)
     if (warning := shortage(tokens.calibration, widest)) is not None:
         logger.warning(warning)

@@ -27,8 +27,7 @@ from convexprune.report import finite
 
 from ._perplexity import Perplexity, fit, of_model
 from ._results import short
-from ._tasks import TaskScore, evaluate_tasks, require_tasks
-from ._texts import TEXTS, text_of
+from ._texts import TEXTS, TaskScore, evaluate_tasks, require_tasks, text_of
 
 COMMON = 2048  # tokens of a window, in the published perplexities of pruned models
 LONGEST = 16384  # tokens of a native window that is measured unasked

@@ -250,3 +250,10 @@ def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
         for key, solution in solutions.items()
     )
     return SolvedProblem(name, penalty, *problem.shape, solves)
+
+
+def solve_blocks(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[SolvedProblem]:
+    problem, achieved = operator.rows(rows, generator)
+    quadratic, chosen = block(problem, columns, generator)
+    problems = block_problems(quadratic, problem, achieved[:, chosen] != 0)
+    return [solve_by_all(operator.name, penalty, p) for penalty, p in problems.items()]

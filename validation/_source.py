@@ -11,19 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune import adapters
 from convexprune._container.provenance import require_as_written
 from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
 from convexprune._runs.folder import REMOVED, REPORT, RunFolder, checksum, differences
 from convexprune._storage.files import checksum_inside, named
-from convexprune.adapters import (
-    BUNDLED,
-    EMBEDDED,
-    EMBEDDED_WINDOW,
-    HuggingFaceModel,
-    check_dataset,
-    load,
-    recipe_windows,
-)
+from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._checkpoints.model_folder import local_folder, refuse_packed
 from convexprune.adapters._data.sources import needs_sampling, parts_of
 from convexprune.adapters._removal import find_removal
@@ -47,7 +40,7 @@ class Source:
 
     def tokens(self) -> tuple[Tensor, bool]:
         """Return the windows to verify on, and True if the run had the same; the model may write another text here."""
-        tokens = recipe_windows(self.dataset, self.dense, self.recipe)[0]
+        tokens = adapters.recipe_windows(self.dataset, self.dense, self.recipe)[0]
         if self.report is None:
             return tokens, False
         known = self.report.identity.get("tokens")
@@ -69,14 +62,15 @@ def open_source(
     if "model" in settings:
         raise RecipeError(f"model={str(settings['model'])!r} is for the folder of a run; {source} is a model itself.")
     if source is None:
-        settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
+        of_bundled = {"max_seq_length": adapters.EMBEDDED_WINDOW, "num_calibration_samples": 64}
+        settings = {"dtype": "float32"} | of_bundled | settings
     settings = settings | {"allocation": settings.get("allocation") or "uniform"}
     if settings["allocation"] != "uniform":
         raise RecipeError(f"allocation={settings['allocation']!r}: prune with it, and verify the folder of the run.")
-    recipe = make_recipe(model=BUNDLED if source is None else str(source), **settings)
+    recipe = make_recipe(model=adapters.BUNDLED if source is None else str(source), **settings)
     if recipe.build_pattern().removes:
         raise RecipeError(f"Pattern {recipe.pattern!r}: prune with it, and verify the folder of the run.")
-    check_dataset(recipe.dataset)
+    adapters.check_dataset(recipe.dataset)
     dense = _load(recipe.model, recipe, device, allow_changed)
     return Source(recipe, dense, recipe.dataset)
 
@@ -90,7 +84,7 @@ def _open_run(folder: Path, settings: dict[str, Any], device: str, allow_changed
     recipe, report = read_recipe(folder), run.report()
     place = {name: _found(name, folder, recipe, report) for name in MOVED if name not in settings} | settings
     model, dataset = place["model"], place["dataset"]
-    check_dataset(dataset)
+    adapters.check_dataset(dataset)
     dense = _load(model, recipe, device, allow_changed)
     _require_same_model(dense, model, report)
     pruned, pattern = _load(folder, recipe, device, allow_changed), recipe.build_pattern()
@@ -117,7 +111,7 @@ def _widened(
 
 def _load(source: str | Path, recipe: Recipe, device: str, allow_changed: bool) -> HuggingFaceModel:
     chosen = {"targets": recipe.targets, "ignore": recipe.ignore, "allow_changed": allow_changed}
-    return load(source, device=device, dtype=recipe.torch_dtype, **chosen)
+    return adapters.load(source, device=device, dtype=recipe.torch_dtype, **chosen)
 
 
 def _found(name: str, folder: Path, recipe: Recipe, report: Report) -> str:
@@ -141,7 +135,7 @@ def _require_same_model(dense: HuggingFaceModel, source: str | Path, report: Rep
     if not isinstance(then, dict):
         raise OutputError("The report of the run does not say which model it pruned.")
     if report.environment.get("loading") == "layer by layer":
-        folder = local_folder(str(source), "main") if str(source) != BUNDLED else EMBEDDED
+        folder = local_folder(str(source), "main") if str(source) != adapters.BUNDLED else adapters.EMBEDDED
         now = {name: checksum_inside(folder, name) for name in then}
     else:
         now = dense.origin().checksums

@@ -1,15 +1,26 @@
-"""Texts to evaluate on: files, and texts of a different kind that every installation has."""
+"""Texts to evaluate on, files and what every installation has; and tasks of lm-eval, with standard errors."""
 
 import ast
+import logging
 import sysconfig
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from convexprune._progress import begin
+from convexprune._schema.functions import Evaluate
+from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._data.documents import TEXT_FILES, read_text
-from convexprune.errors import CalibrationError, unknown
+from convexprune.errors import CalibrationError, DependencyError, ModelError, RecipeError, install_hint, unknown
+
+from ._results import short
 
 STATEMENTS = ast.stmt | ast.excepthandler | ast.match_case  # what a definition stands in
 LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
@@ -62,3 +73,82 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield doc
         if hasattr(node, "body") or isinstance(node, ast.Match):
             waiting.extend(n for n in ast.iter_child_nodes(node) if isinstance(n, STATEMENTS))
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A metric of a task, with its standard error if it has one, and the values of the dense model, if any."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    items: int | None
+    dense: float | None = None
+    dense_error: float | None = None
+
+    def beside(self, dense: "TaskScore") -> "TaskScore":
+        return replace(self, dense=dense.value, dense_error=dense.error)
+
+    def shown(self, both: bool) -> list[str]:
+        pairs = [(self.value, self.error), *([(self.dense, self.dense_error)] if both else [])]
+        return [short(value, ".4f") + ("" if error is None else f" ± {error:.4f}") for value, error in pairs]
+
+
+def require_tasks(names: Sequence[str], folder: Path | None) -> None:
+    if find_spec("lm_eval") is None:
+        raise DependencyError(f"Tasks need lm-eval: {install_hint('eval')}")
+    if folder is not None and not folder.expanduser().is_dir():
+        raise RecipeError(f"tasks_dir={str(folder)!r} is no folder. Give one with task files (.yaml) of lm-eval.")
+    known = _manager(names, folder).all_tasks
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=3)
+            guess = f" Did you mean {', '.join(near)}?" if near else ""
+            raise RecipeError(f"Unknown task {name!r}.{guess} `lm-eval ls tasks` lists all of them.")
+
+
+def evaluate_tasks(model: HuggingFaceModel, own: Evaluate) -> tuple[TaskScore, ...]:
+    if model.tokenizer is None:
+        raise ModelError(f"{model.name} has no tokenizer, so it reads no task.")
+    harness, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
+    begin(f"tasks of {model.name}")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it says of the model is not so: it is loaded already
+    wrapped = models.HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=own.task_batch)
+    found = harness.simple_evaluate(
+        model=wrapped,
+        tasks=list(own.tasks),
+        task_manager=_manager(own.tasks, own.tasks_dir),
+        num_fewshot=own.num_fewshot,
+        limit=own.limit,
+        log_samples=False,
+    )
+    assert found is not None  # but on other ranks
+    counts: dict[str, Any] = found.get("n-samples", {})
+    return tuple(
+        score for task, metrics in found["results"].items() for score in _scores(task, metrics, counts.get(task))
+    )
+
+
+def _manager(names: Sequence[str], folder: Path | None) -> Any:
+    """Return the task manager: of the folder alone if only folder tasks are requested, because that is quicker."""
+    make = import_module("lm_eval.tasks").TaskManager
+    if folder is None:
+        return make()
+    place = str(folder.expanduser())
+    own = make(include_path=place, include_defaults=False)
+    return own if set(names) <= set(own.all_tasks) else make(include_path=place)
+
+
+def _scores(task: str, metrics: dict[str, Any], count: dict[str, int] | None) -> list[TaskScore]:
+    """Return the numbers of a task, stored as "acc,none" beside "acc_stderr,none"."""
+    scores = []
+    for key, value in metrics.items():
+        metric, _, how = key.partition(",")
+        if not how or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = metrics.get(f"{metric}_stderr,{how}")
+        name = metric if how == "none" else f"{metric} ({how})"
+        known = float(error) if isinstance(error, int | float) else None
+        scores.append(TaskScore(task, name, float(value), known, None if count is None else count.get("effective")))
+    return scores

@@ -30,15 +30,7 @@ from convexprune.errors import RecipeError, unknown
 from convexprune.pruners._damped import damped
 from convexprune.report import finite
 
-from ._layer_problems import (
-    OperatorProblem,
-    SolvedProblem,
-    block,
-    block_problems,
-    operator_problems,
-    oracles,
-    solve_by_all,
-)
+from ._layer_problems import OperatorProblem, SolvedProblem, operator_problems, oracles, solve_blocks
 from ._results import terminal_table
 from ._source import ReportedError, open_source, reported_errors, require_same_shapes
 
@@ -204,7 +196,7 @@ def verify(source: str | Path | None = None, *, on_progress: OnProgress | None =
     generator = torch.Generator().manual_seed(asked.seed)
 
     def judge(operator: OperatorProblem) -> None:
-        result.comparisons.extend(_compare(operator, asked.rows, asked.columns, generator))
+        result.comparisons.extend(solve_blocks(operator, asked.rows, asked.columns, generator))
         if operator.pattern.budget(operator.dense.shape) is not None:
             result.bounds.append(bound(operator, asked.bound_rows, generator))
         if same:
@@ -248,10 +240,3 @@ def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | Non
         return every
     drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:sample]
     return [every[i] for i in drawn.sort().values.tolist()]
-
-
-def _compare(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[SolvedProblem]:
-    problem, achieved = operator.rows(rows, generator)
-    quadratic, chosen = block(problem, columns, generator)
-    problems = block_problems(quadratic, problem, achieved[:, chosen] != 0)
-    return [solve_by_all(operator.name, penalty, p) for penalty, p in problems.items()]

@@ -85,7 +85,7 @@ def _unpacked(source: str | Path, options: dict[str, Any], folder: Path, allow_c
 def _require_admitted(folder: Path, options: dict[str, Any]) -> None:
     """Refuse, before anything is written, a pack of more weights than the model of its config.json can have."""
     _, files = source_files(folder)
-    packs = [contents(folder / path).tensors for path in files if is_packed(path)]
+    packs = [contents(folder / path)[1] for path in files if is_packed(path)]
     config = ask(str(folder), lambda: AutoConfig.from_pretrained(folder, **options))
     check_layers(folder, config, sum(map(len, packs)))
     known = sum(tensor.numel() for tensor in empty_model(str(folder), config, options).state_dict().values())

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from convexprune._api.checks import write_copies
+from convexprune._api.given import name_of_text, write_copies
 from convexprune._api.pruning import InFolder, InMemory
 from convexprune._api.request import name_of
 from convexprune._api.result import PermuteResult, PruneResult, check_hub
-from convexprune._api.windows import name_of_text
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned

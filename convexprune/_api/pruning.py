@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from convexprune._api.given import OF_DATASET, Windows
 from convexprune._api.request import Request
 from convexprune._api.result import PruneResult
-from convexprune._api.windows import OF_DATASET, Windows
 from convexprune._container.folder import holds_pack, pack_in_place
 from convexprune._container.provenance import plain_checksum, require_only_result
 from convexprune._device.capabilities import is_host

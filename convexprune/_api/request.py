@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from convexprune._api.checks import check_copies, executor_for, run_warnings, team_size
-from convexprune._api.windows import Sources, Windows, name_of_text
+from convexprune._api.given import Sources, Windows, check_copies, executor_for, name_of_text, run_warnings, team_size
 from convexprune._container.chosen import Size
 from convexprune._container.layouts import SIZES, imported
 from convexprune._device.machine import (

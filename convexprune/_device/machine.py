@@ -23,7 +23,7 @@ SHOWING = (
     "_cli", "_container", "_doctor", "_rendering", "errors.py", "_progress", "report.py", "_runs/cost.py",
     "_runs/sizes.py", "adapters/_training.py", "adapters/_inspection/inspection.py", "adapters/_inspection/outline.py",
     "validation/_bench.py", "validation/_evaluate.py", "validation/_formats.py", "validation/_layer_problems.py",
-    "validation/_results.py", "validation/_source.py", "validation/_tasks.py", "validation/_timing.py",
+    "validation/_results.py", "validation/_source.py", "validation/_texts.py", "validation/_timing.py",
     "validation/_verify.py",
 )  # fmt: skip
 """Our code that shows, estimates or checks: no bit of a result depends on it. All other code is taken to compute."""

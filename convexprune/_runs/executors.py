@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import torch
 
+from convexprune import errors
 from convexprune._device.machine import installation, threads
 from convexprune._device.memory import release_unused, use_gpu, within_memory
 from convexprune._device.switches import pinned
@@ -32,15 +33,6 @@ from convexprune._layerwise.work import Work, prune_claimed
 from convexprune._runs.folder import differences
 from convexprune._storage.batches import room_on
 from convexprune._storage.failures import working
-from convexprune.errors import (
-    ConvexpruneError,
-    DependencyError,
-    PatternError,
-    PruningError,
-    RecipeError,
-    install_hint,
-    unknown,
-)
 from convexprune.report import OnOperator
 
 
@@ -58,7 +50,7 @@ class Job:
         """Prune layers until none is left."""
         use_gpu(device)
         if differing := differences(dict(self.installed), installation(device)):
-            raise PruningError(
+            raise errors.PruningError(
                 f"This worker differs from where the run began, and so would its bits: {'; '.join(differing)}. Workers "
                 "need the same code, versions, numerical switches, and kind of processor or GPU."
             )
@@ -116,12 +108,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _do_and_send(job: Job, device: str, errors: Connection) -> None:
+def _do_and_send(job: Job, device: str, pipe: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         job.do(device)
-    except ConvexpruneError as error:
-        errors.send(error)
+    except errors.ConvexpruneError as error:
+        pipe.send(error)
         raise SystemExit(1) from error
 
 
@@ -163,12 +155,12 @@ class Ranks(AbstractExecutor):
             if rank in os.environ and size in os.environ:
                 number, count = (os.environ[name] for name in (rank, size))
                 if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-                    raise RecipeError(
+                    raise errors.RecipeError(
                         f"{rank}={number!r}, {size}={count!r}: with executor='ranks', {rank} has to be a number from 0 "
                         f"to {size} - 1. torchrun and srun set both."
                     )
                 return cls(int(number), together=int(count))
-        raise RecipeError(
+        raise errors.RecipeError(
             "executor='ranks' is for processes that torchrun or srun starts: RANK or SLURM_PROCID is not set."
         )
 
@@ -200,7 +192,7 @@ class Pool(AbstractExecutor):
                     if worker.is_lost():
                         lost += 1
                         if lost > RETRIES * len(self.devices):
-                            raise PruningError(
+                            raise errors.PruningError(
                                 f"Workers were lost {lost} times; the last ended with {worker.exit_code()}. Is memory "
                                 "short? What is finished is kept: go on with resume=True (--resume)."
                             )
@@ -249,9 +241,9 @@ def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
             return Pool(processes=workers, devices=gpus or [device] * workers)
         case "ray":
             if find_spec("ray") is None:
-                raise DependencyError(f"executor='ray' needs Ray: {install_hint('ray')}")
+                raise errors.DependencyError(f"executor='ray' needs Ray: {errors.install_hint('ray')}")
             return OnRay(processes=workers)
-    raise RecipeError(unknown("executor", name, EXECUTORS))
+    raise errors.RecipeError(errors.unknown("executor", name, EXECUTORS))
 
 
 class _Watch:
@@ -276,8 +268,8 @@ def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> N
         for operator in layer.operators:
             try:
                 settings.pattern_of(f"{layer.name}.{operator.name}").check(*operator.shape)
-            except PatternError as error:
-                raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
+            except errors.PatternError as error:
+                raise errors.PatternError(f"{layer.name}.{operator.name}: {error}") from error
 
 
 def prune_in_folder(

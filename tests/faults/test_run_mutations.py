@@ -51,7 +51,7 @@ FAULTS = (
           test_crash.test_a_pool_that_loses_a_worker_tells_of_every_operator),
     Fault("a pool that gives up at once", executors.Pool.run, "RETRIES * len(self.devices)", "0",
           test_crash.test_a_pool_that_loses_a_worker_tells_of_every_operator),
-    Fault("what a worker raises is lost", executors._do_and_send, "errors.send(error)", "pass",
+    Fault("what a worker raises is lost", executors._do_and_send, "pipe.send(error)", "pass",
           test_crash.test_what_a_worker_raises_is_what_the_pool_raises),
     Fault("a worker of another installation", executors.Job.do,
           "differences(dict(self.installed), installation(device))", "[]",

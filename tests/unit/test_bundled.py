@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from convexprune import Moments
-from convexprune._api import windows
+from convexprune._api import given
 from convexprune.adapters import EMBEDDED, load, text_windows
 from convexprune.constraints import Unstructured
 from convexprune.pruners import Convex, LayerProblem, SparseGPT
@@ -21,7 +21,7 @@ EXAMPLE = ROOT / "examples" / "prune_opt.py"
 def test_the_example_prunes_it_with_little_loss_on_text_that_it_samples(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(windows, "EVALUATION_SAMPLES", 4)  # to write them takes most of the time
+    monkeypatch.setattr(given, "EVALUATION_SAMPLES", 4)  # to write them takes most of the time
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "12"])
     report = runpy.run_path(str(EXAMPLE), run_name="__main__")["result"].report
     assert "largest relative duality gap" in capsys.readouterr().out

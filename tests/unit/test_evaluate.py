@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convexprune
 from convexprune import errors
 from convexprune.validation import _evaluate as module
-from convexprune.validation import _tasks
+from convexprune.validation import _texts
 
 __all__ = ["folder"]  # a fixture of test_cli
 
@@ -101,7 +101,7 @@ def test_the_command_prints_json(pair: tuple[Path, Path, Path]):
     ],
 )
 def test_what_cannot_be_measured_is_refused(folder: Path, monkeypatch, given: Any, error: type[Exception], words: str):
-    monkeypatch.setattr(_tasks, "find_spec", lambda _: None)
+    monkeypatch.setattr(_texts, "find_spec", lambda _: None)
     with pytest.raises(error) as refused:
         convexprune.evaluate(folder / "model", **given)
     assert words in str(refused.value)

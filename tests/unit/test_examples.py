@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from convexprune._api import windows
+from convexprune._api import given
 from convexprune.adapters import EMBEDDED
 from convexprune.adapters._data import calibration
 from convexprune.adapters._loading import loading
@@ -46,7 +46,7 @@ def shorter(little: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "EMBEDDED", little)
     write = calibration.sampled_windows
     monkeypatch.setattr(calibration, "sampled_windows", lambda *a, **b: write(*a, **b | {"length": 64}))
-    monkeypatch.setattr(windows, "EVALUATION_SAMPLES", 4)
+    monkeypatch.setattr(given, "EVALUATION_SAMPLES", 4)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from runs import require_resumed
 
 import convexprune
-from convexprune._api.windows import name_of_text
+from convexprune._api.given import name_of_text
 from convexprune.adapters import HuggingFaceModel, calibration_and_held_out, check_dataset
 from convexprune.adapters._data.sources import apportioned, interleaved, needs_sampling, parts_of
 from convexprune.errors import CalibrationError

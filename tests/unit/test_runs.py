@@ -272,7 +272,7 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
     settings: dict[str, Any] = {
         "method": "magnitude", "num_calibration_samples": 2, "max_seq_length": 16, "evaluation": "self", "threads": 1,
     }  # fmt: skip
-    monkeypatch.setattr("convexprune._api.windows.EVALUATION_SAMPLES", 1)
+    monkeypatch.setattr("convexprune._api.given.EVALUATION_SAMPLES", 1)
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(output_dir=tmp_path / "out", on_progress=stop_after(1), **settings)
     sampler = "convexprune.adapters._data.calibration.sampled_windows"

@@ -11,7 +11,7 @@ from torch import nn
 
 import convexprune
 from convexprune import errors
-from convexprune._api.checks import run_warnings
+from convexprune._api.given import run_warnings
 from convexprune.adapters import calibration_and_held_out
 from convexprune.adapters._data.rows import refuse_uninformative, shortage
 from convexprune.recipe import make_recipe
