@@ -20,7 +20,7 @@ from convexprune._layerwise.model import AbstractModel, AbstractOperator, Decode
 from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.statistics import CalibrationStatistics
-from convexprune._layerwise.store import AbstractStates
+from convexprune._layerwise.store import AbstractStore
 from convexprune.pruners import LayerEdit
 
 
@@ -33,7 +33,7 @@ class LayerContext:
     layer: DecoderLayer
     calls: Calls  # by hidden states of any shape
     inputs: Mapping[Stream, Sequence[Tensor]]  # batches [batch tokens hidden]; of a process group this rank's share
-    states: AbstractStates  # between the layers
+    states: AbstractStore  # between the layers
     held_out: int = 0  # the number of batches, the last, that judge and never fit
     ranks: ProcessGroup = ALONE
     record: Callable[[], Recorded] = list  # makes a place for tensors, gone after the step unless handed on

@@ -94,6 +94,10 @@ class Group:
     input_hook: InputHook
     token_aligned: bool = True
 
+    @property
+    def device(self) -> torch.device:
+        return self.operators[0].read().device
+
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:

@@ -44,10 +44,6 @@ class Stack:
         return height(self.group), width(self.group)
 
     @property
-    def device(self) -> torch.device:
-        return self.group.operators[0].read().device
-
-    @property
     def pruner(self) -> AbstractPruner:
         return self.settings.pruner_of(self.names[0])
 
@@ -208,7 +204,7 @@ class Pipeline:
         stacks = (s for group, own in statistics.items() for s in stacks_of(context, self.settings, group, own))
         for _, alike in groupby(stacks, lambda stack: (stack.shape, id(stack.pruner))):
             waiting = list(alike)
-            count = at_once(waiting[0].shape, waiting[0].pruner, waiting[0].device)
+            count = at_once(waiting[0].shape, waiting[0].pruner, waiting[0].group.device)
             while waiting:
                 yield [waiting.pop(0) for _ in range(min(count, len(waiting)))]
 

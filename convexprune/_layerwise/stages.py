@@ -100,7 +100,7 @@ def stage_statistics(context: LayerContext, settings: LayerSettings, number: int
     stage, cached = context.layer.stages[number], context.observed.cached
     kept = {group: context.record() for group in stage if group in cached and group not in context.seen}
     experts = [group for group in stage if not group.token_aligned]
-    shared = {width(group): CalibrationStatistics(width(group), _device_of(group)) for group in experts}
+    shared = {width(group): CalibrationStatistics(width(group), group.device) for group in experts}
     for part_number, part in enumerate(in_parts(stage, width)):
         with context.with_dense(part):
             statistics = _gather(context, settings, number, part, {} if part_number else shared, kept)
@@ -163,12 +163,8 @@ def _empty(
     empty = {}
     for part, rows, weights in weighted_parts(layer, group, settings.token_weights):
         outputs = height(part) if in_output_space else None
-        empty[part] = rows, CalibrationStatistics(width(part), _device_of(part), outputs, weights)
+        empty[part] = rows, CalibrationStatistics(width(part), part.device, outputs, weights)
     return empty
-
-
-def _device_of(group: Group) -> torch.device:
-    return group.operators[0].read().device
 
 
 def _require_usable(folds: CalibrationStatistics, name: str) -> None:

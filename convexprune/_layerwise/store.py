@@ -16,8 +16,8 @@ BLOCKS = "blocks of "
 """Begins the names, among those of a layer's tensors, of what operators on block grids have in a file of such grids."""
 
 
-class AbstractStates(ABC):
-    """The queue of layers of a walk, and the hidden states that enter layers."""
+class AbstractStore(ABC):
+    """The queue of layers of a walk, the hidden states that enter layers, and the layers that are finished."""
 
     @abstractmethod
     def claim(self) -> AbstractContextManager[int | None]:
@@ -42,10 +42,6 @@ class AbstractStates(ABC):
     @abstractmethod
     def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
         """Give a finished layer in memory the dense or the pruned weights."""
-
-
-class AbstractStore(AbstractStates):
-    """The states of a run, and the layers that are finished."""
 
     @abstractmethod
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:

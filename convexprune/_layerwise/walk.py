@@ -9,7 +9,7 @@ from convexprune._layerwise.capture import Calls, Recorded
 from convexprune._layerwise.context import LayerContext, propagate, recorded
 from convexprune._layerwise.model import AbstractModel, Call
 from convexprune._layerwise.settings import Stream
-from convexprune._layerwise.store import AbstractStates, MemoryStore
+from convexprune._layerwise.store import AbstractStore, MemoryStore
 
 
 class LayerCalls:
@@ -43,7 +43,7 @@ class LayerWalk:
         self,
         model: AbstractModel,
         windows: Sequence[Tensor],
-        states: AbstractStates,
+        states: AbstractStore,
         streams: Sequence[Stream] = ("dense",),
         on_layer: Callable[[str], None] = lambda _: None,
         calls: LayerCalls | None = None,

@@ -102,7 +102,7 @@ class LowerBound:
             gain = found.gain if self.per_row else q.by_block(found.gain).mean(1)
             barrier, before = between(self.barriers, number / max(1, self.rounds - 1)), of_rows(split)
             each = zip(q.gram.expand(len(split), -1, -1), split, gain, strict=True)
-            split = torch.stack([_fitted(gram, own, its, barrier) for gram, own, its in each])
+            split = torch.stack([fit_split(gram, own, its, barrier) for gram, own, its in each])
             found = found.moved(before, of_rows(split))
         return split, relax(q, inverse, of_rows(split), found, budget, kept, self.last_iterations).point
 
@@ -145,12 +145,6 @@ def _posed(quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequen
         _Operator(q.rows(rows), first, weight[rows].double() * scale, *budget, error)
         for rows, budget, error in zip(torch.arange(len(weight)).split(heights), budgets, errors, strict=True)
     ]
-
-
-def _fitted(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor:
-    """The split [n] after a Newton step, with the barrier in units of the mean of gain times split."""
-    unit = gain.mean().clamp_min(torch.finfo(gain.dtype).tiny)
-    return fit_split(gram, split, gain / unit, barrier * float((split * gain).mean() / unit))
 
 
 def budget_of(pattern: Constraint, weight: Tensor) -> tuple[Budget, Tensor]:

@@ -55,8 +55,11 @@ def safe_split(gram: Tensor, split: Tensor) -> Tensor:
 def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor:
     """Return B after a Newton step on  <gain, B> + barrier (log det(H - B) + 1/10 sum log B).
 
-    The gain [n] is the derivative of the relaxed value by B. The split stays if no step is feasible.
+    The gain [n] is the derivative of the relaxed value by B, and the barrier is in units of the mean of gain times B.
+    The split stays if no step is feasible.
     """
+    unit = gain.mean().clamp_min(torch.finfo(gain.dtype).tiny)
+    gain, barrier = gain / unit, barrier * float((split * gain).mean() / unit)
     factor = cholesky(_less(gram, split))
     if factor is None:
         return split
@@ -113,12 +116,6 @@ class Relaxed:
     def moved(self, before: Tensor, split: Tensor) -> "Relaxed":
         """Return the iterate for a new split: B * dual stays."""
         return Relaxed(self.point, self.weight, self.fraction, self.dual * before / split, self.price)
-
-    @property
-    def cost(self) -> Tensor:
-        """Return the price of a non-zero [lines 1]; known from the first iteration on."""
-        assert self.price is not None
-        return self.price.exp()
 
     @property
     def gain(self) -> Tensor:

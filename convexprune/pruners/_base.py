@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
-from typing import ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ without a layer from the dense ones, on held-out text; or the "influence", how f
 experts: the error of the mixture's "output" without them; or "reap", the mean size of what one adds if it is chosen."""
 WHOLE = {"layers": ("decoder layers", "shortgpt"), "experts": ("experts", "reap")}
 """The parts of a model that are removed whole, in words, and the baseline that chooses them."""
-Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
+Prune = Callable[[Any, LayerProblem], LayerEdit]
 
 
 def filled(problem: LayerProblem) -> LayerProblem:
@@ -187,12 +187,12 @@ def dead_inputs_first(prune: Prune) -> Prune:
 
     @wraps(prune)
     @torch.no_grad()
-    def pruned(self: "AbstractPruner", problem: LayerProblem) -> LayerEdit:
+    def pruned(self: Any, problem: LayerProblem) -> LayerEdit:
         alive = filled(problem)
         found = prune(self, alive)
         return found if alive is problem else with_dead_weights(problem, found)
 
-    return cast(Prune, pruned)
+    return pruned
 
 
 class AbstractPruner(ABC):

@@ -40,7 +40,6 @@ class Convex(AbstractSearch):
 
     Args:
         solver: solver of the problems; None is FISTA as `solver_for` sets it.
-        penalty: the only value is the default.
         rounds: number of problems.
         strengths: the first and the last c.
         stiffnesses: of the first and the last envelope.

@@ -56,11 +56,7 @@ class AbstractQuantizer(ABC):
 
 def _together(grids: Mapping[int, Codebook]) -> list[tuple[Codebook, list[int]]]:
     """Return grids and the numbers of their operators: all on a grid whose rows share nothing, else one."""
-    together = list[tuple[Codebook, list[int]]]()
+    together = dict[object, tuple[Codebook, list[int]]]()
     for number, grid in grids.items():
-        same = next((numbers for other, numbers in together if grid.by_row and other == grid), None)
-        if same is None:
-            together.append((grid, [number]))
-        else:
-            same.append(number)
-    return together
+        together.setdefault(grid if grid.by_row else number, (grid, []))[1].append(number)
+    return list(together.values())

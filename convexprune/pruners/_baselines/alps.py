@@ -50,11 +50,10 @@ class ALPS(AbstractPruner):
         scale = whole.scale()
         whole = whole.scaled(scale)
         eigenvalues, vectors = torch.linalg.eigh(whole.gram.double())
-        parts, products, row = [], 0, 0
-        for operator in problem.operators():
-            rows = slice(row, row := row + len(operator.weight))
-            scores, count = self._admm(whole.rows(rows), eigenvalues, vectors, operator.pattern)
-            parts.append((scores, operator.pattern.mask(scores.abs())))
+        parts, products = [], 0
+        for rows, pattern in problem.pattern.parts(len(problem.weight)):
+            scores, count = self._admm(whole.rows(rows), eigenvalues, vectors, pattern)
+            parts.append((scores, pattern.mask(scores.abs())))
             products = max(products, count)
         scores, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         weight, refits = refitted(whole, mask, scores, self.refit)
