@@ -10,6 +10,7 @@ from pydantic import model_validator
 from convexprune._layerwise.allocation import check_rule
 from convexprune._layerwise.settings import LayerSettings, Refinement, TokenWeighting
 from convexprune._schema.group import checked
+from convexprune._schema.presets import PRESETS, PUBLISHED, Preset
 from convexprune._schema.settings import (
     DataSettings,
     DeviceSettings,
@@ -28,10 +29,8 @@ from convexprune.pruners._search import AbstractSearch
 from convexprune.quantizers import QUANTIZERS
 from convexprune.solvers import AbstractSolver, solver_names
 
-PRESETS = ("fistapruner",)
 OTHERS = ("auto", "cg", "working-set")  # of a fixed support, or of few weights that are not zero
 SOLVERS = tuple(name for name in solver_names() if name not in OTHERS)
-PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "error_target": "operator"}  # of the preset
 ALPHAS = {"gptaq": 0.25, "qep": 0.5}  # the corrections of quantizers that are published with one
 
 
@@ -58,12 +57,14 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             raise RecipeError(unknown("method", self.method, METHODS))
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(unknown("preset", self.preset, PRESETS))
-        for name, value in PUBLISHED.items() if self.preset else ():
-            if getattr(self, name) != value:
-                raise RecipeError(
-                    f"preset={self.preset!r} is the algorithm as published, with {name}={value!r}, not "
-                    f"{getattr(self, name)!r}. Leave {name} out, or take method={self.preset!r}, which has it as asked."
-                )
+        if self.preset == "fistapruner":
+            for name, value in PUBLISHED.items():
+                if getattr(self, name) != value:
+                    raise RecipeError(
+                        f"preset='fistapruner' is the algorithm as published, with {name}={value!r}, not "
+                        f"{getattr(self, name)!r}. Leave {name} out, or take method='fistapruner', which has it as "
+                        "asked."
+                    )
         TokenWeighting.parse(self.token_weights)
         self._check_refinement()
         pattern = self.build_pattern()
@@ -72,7 +73,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             raise RecipeError(
                 f"quantize={self.quantize!r} chooses types by the loss (allocation='curve'). Leave allocation out."
             )
-        if self.allocation == "columns" and not issubclass(METHODS[self.preset or self.method], AbstractSearch):
+        if self.allocation == "columns" and not issubclass(METHODS[self.method], AbstractSearch):
             raise RecipeError(
                 f"Allocation 'columns' chooses columns by the loss, and {self.method!r} has scores of its own. Leave "
                 "the allocation out, or take method='convex'."
@@ -99,6 +100,16 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                 f"refine={self.refine!r} moves the scales of whole numbers, int8 to int3, and {grid} is another grid. "
                 "Leave refine out."
             )
+
+    @property
+    def deviations(self) -> str | None:
+        """Say which settings are not those of the preset, because they were given."""
+        preset = PRESETS.get(self.preset or "balanced", Preset())
+        intended = preset.settings(self.model_dump(), self.sparsity != 0, self.quantize is not None)
+        others = [
+            f"{n}={getattr(self, n)!r}, not {value!r}" for n, value in intended.items() if getattr(self, n) != value
+        ]
+        return f"preset={self.preset!r} with settings that were given: {'; '.join(others)}." if others else None
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -217,7 +228,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         return None if self.dtype is None else getattr(torch, self.dtype)
 
     def build_pruner(self, solver: AbstractSolver | None = None) -> AbstractPruner:
-        """Return the pruner of `preset`, `method` and `solver`.
+        """Return the pruner of `method` and `solver`.
 
         Args:
             solver: a solver object of the user, or None.
@@ -228,9 +239,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         Raises:
             RecipeError: unknown name, or settings that the method does not have.
         """
-        if self.preset is not None and self.method != "convex":
-            raise RecipeError(f"preset={self.preset!r} names its own method; leave method={self.method!r} out.")
-        method = self.preset or self.method  # a preset is the method of that name
+        method = self.method
         own_refit = "refit" in signature(METHODS[method]).parameters
         added = bool(self.refit) and not own_refit
         settings: dict[str, Any] = {}
@@ -262,8 +271,12 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Rows compete where a method searches a support and `check_rule` allows it. What is published counts tokens alike.
     """
-    published = "fistapruner" in (given.get("preset"), given.get("method"))
-    pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
+    mixed = given.get("target") is not None or given.get("quantize") in FAMILIES
+    codes, preset = mixed or given.get("quantize") is not None, PRESETS.get(str(given.get("preset")), Preset())
+    intended = preset.settings(given, given.get("sparsity") != 0 and not mixed, codes)
+    given = intended | {name: value for name, value in given.items() if value is not None}
+    published = given.get("method") == "fistapruner"
+    pruner = METHODS.get(str(given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
     ours = pruner is not None and issubclass(pruner, AbstractSearch)
     searches = ours and given.get("sparsity") != 0
@@ -271,8 +284,7 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     prefix = "pruned" if alpha or str(given.get("pattern")).startswith(tuple(WHOLE)) else "dense"
     channels = str(given.get("pattern")).startswith("channels")
     spread = "uniform" if not searches else "columns" if channels else "rows" if whole else "uniform"
-    codes = given.get("quantize") is not None and given.get("quantizer", "descent") == "descent"
-    mixed = given.get("target") is not None or given.get("quantize") in FAMILIES
+    codes = codes and given.get("quantizer", "descent") == "descent"
     return {
         **({"quantize": "gguf", "sparsity": 0.0} if mixed else {}),
         "token_weights": "attention_sink" if codes and ours and not published else "none",
@@ -280,6 +292,7 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
         "error_correction": alpha or (0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0),
         "error_target": "operator" if published or alpha else "residual_stream",
         "allocation": "curve" if mixed or given.get("bits") is not None else spread,
+        **intended,
     }
 
 

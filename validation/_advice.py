@@ -109,6 +109,15 @@ def measured() -> list[Way]:
     return [Way(**row) for row in rows]
 
 
+def measured_near(bits: float) -> str:
+    """Return what so many bits a weight of a whole file may cost, by the quantization measured with the nearest."""
+    near = min((way for way in measured() if "--sparsity 0 " in way.arguments), key=lambda way: abs(way.disk - bits))
+    return (
+        f"{bits:.2f} bits a weight of the whole file. {MEASURED_ON}, had {near.times:.2f} times the perplexity at "
+        f"{near.disk:g} bits a weight of its operators. Yours is not known"
+    )
+
+
 @pinned()
 @documented(doors.ADVISE)
 def advise(model: str | Path | None = None, **settings: Any) -> Advice:

@@ -78,6 +78,13 @@ class Inspection:
         """True if the run fits, or if no memory was given."""
         return self.device_memory is None or self.needed <= self.device_memory
 
+    @property
+    def forecast(self) -> str:
+        """Time and memory, in words."""
+        needed = self.memory.all if self.device == "cpu" else self.needed
+        survey = ", and a look at the dense model before" if SURVEY in self.notes else ""
+        return f"some {_time(sum(self.seconds.values()))} on {self.device} {load()}{survey}; {gib(needed)} of memory"
+
     def verdict(self) -> Iterator[str]:
         """Yield sentences: the fit, and otherwise the settings to change."""
         if self.device_memory is None:

@@ -192,7 +192,7 @@ GIB = 1 << 30
 
 def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
-    weighed, method = recipe.allocation in WEIGHED, recipe.preset or recipe.method
+    weighed, method = recipe.allocation in WEIGHED, recipe.method
     return sizes.Setting(
         samples=recipe.num_calibration_samples,
         held_out=recipe.spare_samples,

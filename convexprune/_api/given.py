@@ -162,6 +162,8 @@ def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> I
             f"solver={recipe.solver!r} solves row by row, 60 problems a row: minutes for an operator of {FEW} inputs, "
             f"and this model has up to {widest}. It is slow, and there to check others (convexprune verify)."
         )
+    if (others := recipe.deviations) is not None:
+        yield others
     tokens = windows["calibration"].numel()
     if recipe.allocation == "columns" and tokens < TOO_FEW:
         yield (

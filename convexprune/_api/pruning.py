@@ -19,7 +19,7 @@ from convexprune._device.machine import threads as use_threads
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.work import prune_claimed
-from convexprune._progress import begin
+from convexprune._progress import FORECAST, begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
 from convexprune._rendering.page import write_page
@@ -34,7 +34,9 @@ from convexprune.adapters._inspection.inspection import Inspection, inspect
 from convexprune.adapters._inspection.outline import device_bytes
 from convexprune.adapters._loading.packed import load as load_packed
 from convexprune.adapters._saving import pruned_entries, require_written
+from convexprune.recipe import PRESETS
 from convexprune.report import OperatorReport, Report
+from convexprune.validation._advice import measured_near
 from convexprune.validation._perplexity import streamed_evaluation
 
 
@@ -103,19 +105,34 @@ class InFolder(Request):
             loaded.origin()
             if not self.sources.has_sampled:
                 self._windows(loaded, {})
+        found = self._inspection()
+        if self.size is not None:
+            found = replace(found, notes=(*found.notes, self.size.require(self.target)))
+        return replace(found, zeros=0) if self.removal is not None and self.removal.chosen_first else found
+
+    def _inspection(self) -> Inspection:
         settings = {name: value for name, value in self.recipe.chosen.items() if name != "model"}
         if self.removal is not None:  # a refit costs what it does on any support; which layers go is decided later
             whole = {"pattern": "unstructured", "method": "magnitude", "refit": self.recipe.refit is not False}
             alike = whole if self.removal.chosen_first else {"pattern": "columns"}
             settings |= alike | {"targets": self.open.keywords["targets"], "prefix": self.recipe.prefix}
-        found = inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
-        if self.size is not None:
-            found = replace(found, notes=(*found.notes, self.size.require(self.target)))
-        return replace(found, zeros=0) if self.removal is not None and self.removal.chosen_first else found
+        return inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
+
+    def _say_forecast(self) -> None:
+        """Say what a run for an intention, or for a size, takes, and what is known of its quality."""
+        preset, size = self.recipe.preset, self.size
+        if (preset is None and size is None) or self.executor.rank:
+            return
+        begin(f"{FORECAST}{self._inspection().forecast}")
+        if preset is not None and PRESETS[preset].cost and self.recipe.sparsity != 0:
+            begin(f"{FORECAST}preset {preset}, measured: {PRESETS[preset].cost}")
+        if size is not None:
+            begin(f"{FORECAST}{measured_near(8 * self.target / size.weights)}")
 
     def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:
         folder = self.folder
         self._check(loaded)
+        self._say_forecast()
         begin("reading the weights")
         self.origin = loaded.origin()  # weights that are not finite are found here, before any work
         self.clock.lap("load")

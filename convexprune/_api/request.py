@@ -29,7 +29,7 @@ from convexprune._layerwise.allocation import WEIGHED
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.settings import TokenWeighting
 from convexprune._layerwise.work import Work
-from convexprune._progress import begin
+from convexprune._progress import FORECAST, begin
 from convexprune._recipe_file import given
 from convexprune._runs.executors import check_patterns
 from convexprune._schema.functions import Call
@@ -149,6 +149,7 @@ class Request:
         choice = TypeChoice(loaded, windows["calibration"], self.recipe.batch_size, size.ends, self.layers.quantizer)
         found = store.compute_once("types", lambda: choice.types(store, pattern, size.units, room))
         choice.tensors(store, found["types"])
+        begin(f"{FORECAST}{found['cost']:.2g} nats a token for these types; forecasts tell an order, not a size")
         patterns = {name: on_grid(kind) for name, kind in found["types"].items() if name not in size.ends}
         self.layers = replace(self.layers, patterns=patterns)
         report.allocation = {"cost": found["cost"], "gap": found["gap"]}

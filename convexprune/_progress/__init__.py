@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 logger = logging.getLogger("convexprune")
+FORECAST = "forecast: "
+"""How a phase begins that only says what comes."""
 
 
 @dataclass(frozen=True)

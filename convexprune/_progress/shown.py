@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from convexprune._progress import Event, followed_by, is_followed
+from convexprune._progress import FORECAST, Event, followed_by, is_followed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,6 +100,9 @@ class Bar:
         self._tasks = dict[str, TaskID]()
 
     def __call__(self, event: Event) -> None:
+        if event.phase.startswith(FORECAST):
+            self._progress.console.print(event.phase, soft_wrap=True, highlight=False)
+            return
         if not event.done:
             self._tasks[event.phase] = self._progress.add_task(event.phase, total=event.total)
         shown = self._tasks[event.phase]

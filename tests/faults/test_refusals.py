@@ -39,7 +39,11 @@ BAD = {
         errors.RecipeError,
         "'wanda' does not take it",
     ),
-    "preset and method": ({"preset": "fistapruner", "method": "wanda"}, errors.RecipeError, "names its own method"),
+    "preset and method": (
+        {"preset": "fistapruner", "method": "wanda"},
+        errors.RecipeError,
+        "not 'wanda'. Leave method out",
+    ),
     "method settings": (
         {"method": "sparsegpt", "method_args": {"dampening": 3}},
         errors.RecipeError,
