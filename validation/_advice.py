@@ -14,8 +14,7 @@ from convexprune._device.switches import pinned
 from convexprune._schema import functions as doors
 from convexprune._schema.functions import MEASURED_ON
 from convexprune._schema.parameters import documented
-from convexprune.adapters import bundled_if_none
-from convexprune.adapters._inspection.outline import read_outline
+from convexprune.adapters import bundled_if_none, read_outline
 from convexprune.errors import RecipeError
 from convexprune.recipe import make_recipe
 

@@ -18,8 +18,7 @@ from convexprune._device.switches import pinned
 from convexprune._progress import begin
 from convexprune._schema import functions as doors
 from convexprune._schema.parameters import documented
-from convexprune.adapters import HuggingFaceModel, bundled_if_none, load
-from convexprune.adapters._discovery.operators import LINEAR_MODULES, ParameterOperator
+from convexprune.adapters import LINEAR_MODULES, HuggingFaceModel, ParameterOperator, bundled_if_none, load
 from convexprune.errors import ModelError
 
 from ._formats import FORMATS, AbstractProduct

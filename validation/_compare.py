@@ -25,8 +25,7 @@ from convexprune._storage.failures import working
 from convexprune._storage.files import write_json
 from convexprune._storage.staging import Staging, output_folder, require_empty
 from convexprune._storage.tensors import raw
-from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._data.rows import shortage
+from convexprune.adapters import HuggingFaceModel, shortage
 from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import finite

@@ -15,9 +15,7 @@ from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
-from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._data.likelihood import divergence
-from convexprune.adapters._discovery.passes import logits_in_pieces
+from convexprune.adapters import HuggingFaceModel, divergence, logits_in_pieces
 from convexprune.errors import CalibrationError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune.adapters._data.likelihood import Likelihood
+from convexprune.adapters import Likelihood
 from convexprune.constraints import parse_pattern
 from convexprune.errors import DependencyError, install_hint
 

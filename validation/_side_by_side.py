@@ -29,8 +29,7 @@ from convexprune._layerwise.work import stack_steps
 from convexprune._storage.batches import Batches
 from convexprune._storage.failures import writing
 from convexprune._storage.files import read_json, write_json
-from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._data.likelihood import Likelihood, likelihoods
+from convexprune.adapters import HuggingFaceModel, Likelihood, likelihoods
 from convexprune.errors import OutputError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.report import OperatorReport

@@ -16,10 +16,7 @@ from convexprune._container.provenance import require_as_written
 from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
 from convexprune._runs.folder import REMOVED, REPORT, RunFolder, checksum, differences
 from convexprune._storage.files import checksum_inside, named
-from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._checkpoints.model_folder import local_folder, refuse_packed
-from convexprune.adapters._data.sources import needs_sampling, parts_of
-from convexprune.adapters._removal import find_removal
+from convexprune.adapters import HuggingFaceModel, find_removal, local_folder, needs_sampling, parts_of, refuse_packed
 from convexprune.constraints import Constraint
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe

@@ -16,8 +16,7 @@ from typing import Any
 
 from convexprune._progress import begin
 from convexprune._schema.functions import Evaluate
-from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._data.documents import TEXT_FILES, read_text
+from convexprune.adapters import TEXT_FILES, HuggingFaceModel, read_text
 from convexprune.errors import CalibrationError, DependencyError, ModelError, RecipeError, install_hint, unknown
 
 from ._results import short

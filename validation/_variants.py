@@ -9,9 +9,7 @@ import yaml
 
 from convexprune._layerwise.settings import LayerSettings, TokenWeighting
 from convexprune._runs.executors import check_patterns
-from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._allocating import allocate_each, token_weights
-from convexprune.adapters._removal import find_removal
+from convexprune.adapters import HuggingFaceModel, allocate_each, find_removal, token_weights
 from convexprune.constraints import parse_pattern
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS

@@ -20,10 +20,7 @@ from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._schema.functions import VERIFY
 from convexprune._schema.parameters import documented
-from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._allocating import token_weights
-from convexprune.adapters._discovery.selection import matcher
-from convexprune.adapters._saving import miscounted
+from convexprune.adapters import HuggingFaceModel, matcher, miscounted, token_weights
 from convexprune.constraints import parse_pattern
 from convexprune.core._bound import LowerBound
 from convexprune.errors import RecipeError, unknown

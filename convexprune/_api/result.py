@@ -22,7 +22,7 @@ from convexprune._runs.folder import PAGE, REPORT
 from convexprune._storage.failures import working
 from convexprune._storage.files import write_text
 from convexprune._storage.staging import Staging
-from convexprune.adapters._channels.permuting import Permutation
+from convexprune.adapters import Permutation
 from convexprune.core._arrays import Shown
 from convexprune.errors import OutputError, RecipeError, shown
 from convexprune.recipe import make_recipe

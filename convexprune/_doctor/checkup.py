@@ -25,7 +25,7 @@ from convexprune._doctor.answers import LARGEST_GAP, Check, Measurement, Sizes, 
 from convexprune._progress import Event, begin
 from convexprune._schema.functions import CHECKS, DOCTOR
 from convexprune._schema.parameters import documented
-from convexprune.adapters._inspection.inspection import inspect
+from convexprune.adapters import inspect
 from convexprune.report import Report
 
 

@@ -13,7 +13,7 @@ from convexprune._recipe_file import GIVEN
 from convexprune._runs.folder import CARD
 from convexprune._schema.settings import BUNDLED
 from convexprune._storage.files import write_text
-from convexprune.adapters._data.documents import CORPORA
+from convexprune.adapters import CORPORA
 from convexprune.report import Report
 
 from .facts import command_of, facts, name_of_model, text_of_evaluation
