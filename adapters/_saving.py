@@ -5,7 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -94,9 +94,8 @@ def save_from_store(
     A streamed model is assembled tensor by tensor; a loaded model has the layers already. A `tokenizer` replaces the
     checkpoint's.
     """
-    ends = {name: entry for name, entry in store.kept(ENDS).items() if not name.startswith(BLOCKS)}
     if model.shards is None:
-        for name, entry in ends.items():
+        for name, entry in _ends(store).items():
             model.model.get_parameter(name).data.copy_(entry.read())
         with writing(folder):
             save(model if narrowed is None else narrowed.apply_to(model), folder)
@@ -109,18 +108,25 @@ def save_from_store(
         return (dict(config) if narrowed is None else narrowed.configured(config)) | dict(settings)
 
     renamed = str if narrowed is None else narrowed.renamed
-    model.shards.assemble(folder, pruned_entries(model, store, narrowed) | ends, configured, renamed)
+    model.shards.assemble(folder, _changed_entries(model, store, narrowed), configured, renamed)
     if tokenizer is not None:
         with writing(folder):
             tokenizer.save_pretrained(folder)
 
 
-def pruned_entries(
-    model: HuggingFaceModel, store: FolderStore, narrowed: AbstractRemoval | None = None
-) -> dict[str, Entry]:
+def pruned_entries(model: HuggingFaceModel, store: FolderStore) -> dict[str, Entry]:
     layers = enumerate(model.layers)
-    found = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
-    return found if narrowed is None else narrowed.entries(found)
+    return {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
+
+
+def _changed_entries(model: HuggingFaceModel, store: FolderStore, narrowed: AbstractRemoval | None) -> dict[str, Entry]:
+    """Return the tensors of the result that are not the checkpoint's: of layers, and of quantized embeddings."""
+    pruned = pruned_entries(model, store)
+    return (pruned if narrowed is None else narrowed.entries(pruned)) | _ends(store)
+
+
+def _ends(store: FolderStore) -> dict[str, Entry]:
+    return {name: entry for name, entry in store.kept(ENDS).items() if not name.startswith(BLOCKS)}
 
 
 def _reordered(orders: Iterable[tuple[Axis, list[int]]], tensor: Tensor) -> Tensor:
@@ -149,40 +155,22 @@ def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> 
 
 
 def require_written(
-    model: HuggingFaceModel,
-    folder: Path,
-    reports: Sequence[OperatorReport],
-    store: FolderStore | None = None,
-    narrowed: AbstractRemoval | None = None,
+    model: HuggingFaceModel, folder: Path, store: FolderStore, narrowed: AbstractRemoval | None = None
 ) -> None:
-    """Check names, shapes, dtypes and reported zeros of the result; of a smaller model, every bit."""
+    """Check the result of a run by opening the folder: every bit of a streamed model, else types, shapes and zeros."""
     try:
-        if narrowed is not None:
-            assert store is not None
-            _require_narrowed(model, folder, store, narrowed)
-            return
-        written = model
-        if model.shards is not None:
-            written = copy(model)
-            written.shards = model.shards.written_to(folder)
-        for fault in miscounted(written, reports).values():
-            raise ModelError(fault)
         if model.shards is None:
-            _require_equal(model, folder)
+            _require_equal(model if narrowed is None else narrowed.apply_to(model), folder)
+        else:
+            renamed = str if narrowed is None else narrowed.renamed
+            model.shards.require_assembled(folder, _changed_entries(model, store, narrowed), renamed)
+        if narrowed is not None:
+            narrowed.require_configured(model, json.loads((folder / CONFIG).read_bytes()))
     except ModelError as cause:
         raise OutputError(
             f"{folder}: what was written is not the pruned model: {cause} What is finished is kept: mend the disk, "
             "then go on with resume=True (--resume)."
         ) from cause
-
-
-def _require_narrowed(model: HuggingFaceModel, folder: Path, store: FolderStore, narrowed: AbstractRemoval) -> None:
-    """Check the tensors of a folder, and that the configuration describes a model of this size."""
-    if model.shards is None:
-        _require_equal(narrowed.apply_to(model), folder)
-    else:
-        model.shards.require_assembled(folder, pruned_entries(model, store, narrowed), narrowed.renamed)
-    narrowed.require_configured(model, json.loads((folder / CONFIG).read_bytes()))
 
 
 def miscounted(model: HuggingFaceModel, reports: Sequence[OperatorReport]) -> dict[str, str]:

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -163,20 +162,6 @@ class Shards:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
-
-    def written_to(self, folder: Path) -> "Shards":
-        """Return shards for the checkpoint that `assemble` has written."""
-        other = copy(self)
-        other.folder, other.files, other._stored = folder, shard_files(folder), {}
-        other._stamps = {path: Stamp.of(path) for path in (folder / CONFIG, *other.files)}
-        for path in other.files:
-            other._stored |= entries(path)[0]
-        expected = {name: cast(entry, self.dtype)[0] for name, entry in self._stored.items()}
-        found = {name: entry.spec for name, entry in other._stored.items()}
-        for name in {**expected, **found}:
-            if expected.get(name) != found.get(name):
-                raise ModelError(f"{folder}: {name} should be {expected.get(name)} and is {found.get(name)}.")
-        return other
 
     def _read(self, name: str, like: Tensor) -> Tensor:
         return self._stored[self._names[name]].read().to(self.device, like.dtype)

@@ -216,7 +216,7 @@ class InFolder(Request):
         write_recipe(self.recipe, place)
         if narrowed is not None:
             write_json(place / REMOVED[self.recipe.build_pattern().removes or ""], narrowed.note())
-        require_written(loaded, place, report.operators, store, narrowed)
+        require_written(loaded, place, store, narrowed)
         report.files = checksums(place)
         report.bytes = sum((place / name).stat().st_size for name in report.files)
         if self.call.pack:
