@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.context import propagate
 from convexprune._layerwise.folder_store import ENDS, FolderStore
+from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.steps.survey import survey
 from convexprune._layerwise.store import BLOCKS, MemoryStore
 from convexprune._layerwise.walk import LayerWalk
@@ -156,10 +157,10 @@ def on_grid(name: str) -> Constraint:
     return Quantized(DENSE, make_grid(name))
 
 
-def alike(model: HuggingFaceModel) -> list[list[str]]:
+def alike(layers: Sequence[DecoderLayer]) -> list[list[str]]:
     """Return operators that engines join and that therefore have a common type: those of an input, or all experts."""
     groups, experts = list[list[str]](), list[str]()
-    for layer in model.layers:
+    for layer in layers:
         for group in layer.groups:
             names = [f"{layer.name}.{operator.name}" for operator in group.operators]
             if group.token_aligned:
@@ -169,9 +170,10 @@ def alike(model: HuggingFaceModel) -> list[list[str]]:
     return [*groups, experts] if experts else groups
 
 
-def ends(model: HuggingFaceModel) -> dict[str, nn.Module]:
-    """Return embedding and head by name; the head only if it is not the embedding."""
+def ends(model: HuggingFaceModel) -> list[str]:
+    """Return the names of embedding and head; of the head only if it is not the embedding."""
     inner = model.model
-    both = [inner.get_input_embeddings(), inner.get_output_embeddings()]
     names = {id(module): name for name, module in inner.named_modules()}
-    return {names[id(module)]: module for module in both[: 1 if inner.config.tie_word_embeddings else 2]}
+    both = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
+    return [names[id(module)] for module in both[: 1 if tied else 2] if module is not None]

@@ -1,9 +1,9 @@
 """`advise`: ways to a smaller or faster model that reach a target, with measured costs."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.resources import files
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from convexprune.adapters import bundled_if_none, read_outline
 from convexprune.errors import RecipeError
 from convexprune.recipe import make_recipe
 
+from ._file_sizes import file_sizes
+
 AS_IT_IS = "the model as it is, in 16 bits"
+NO_FOLDER = "Bytes of whole files are counted for the folder of a model: download it for those."
 LOSSLESS = 10.6  # bits of a bfloat16 weight in a pack, whatever it is (docs/pack.md)
 
 
@@ -63,12 +66,16 @@ class Advice:
         nbytes: bytes of the dense model.
         target: the request, in words.
         ways: all ways.
+        files: bytes of the whole file of weights by options of `prune`, the least and the most; for a folder only.
+        notes: reasons why files are missing.
     """
 
     model: str
     nbytes: int
     target: str
     ways: tuple[Advised, ...]
+    files: Mapping[str, tuple[int, int]]
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the advice as plain data."""
@@ -84,9 +91,15 @@ class Advice:
             cells = (way.name, disk, f"{way.disk:.2f}", f"{each.bits:.2f}", memory, f"{way.times:.2f}", way.source)
             table.add_row(*cells, style=None if each.reaches else "dim")
         yield table
+        if self.files:
+            table = Table("convexprune prune MODEL ...", "bytes of the whole file", box=SIMPLE_HEAD)
+            for options, (least, most) in self.files.items():
+                table.add_row(options, f"{least:,}" if least == most else f"{least:,} to {most:,}, as asked")
+            yield table
 
     def verdict(self) -> Iterator[str]:
         """Yield the advice as sentences."""
+        yield from self.notes
         best = next((each for each in self.ways if each.reaches), None)
         if best is None:
             yield f"Nothing here reaches {self.target}: take a smaller model, or --bits after channels are removed."
@@ -100,7 +113,7 @@ class Advice:
 
 
 def measured() -> list[Way]:
-    text = (files("convexprune") / "data" / "measured.csv").read_text(encoding="utf-8")
+    text = (package_files("convexprune") / "data" / "measured.csv").read_text(encoding="utf-8")
     numbers = ("disk", "memory", "kept", "perplexity", "dense")
     rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines()))
     for row in rows:
@@ -176,4 +189,6 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
         "bits": f"{asked.bits} bits a weight on disk",
         "speed": f"{asked.speed} times the tokens a second at batch 1",
     }
-    return Advice(str(source), dense // 8, words[given[0]], tuple(found))
+    folder = Path(source)
+    files, notes = file_sizes(folder, outline) if folder.is_dir() else ({}, [NO_FOLDER])
+    return Advice(str(source), dense // 8, words[given[0]], tuple(found), files, tuple(notes))

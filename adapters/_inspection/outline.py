@@ -29,6 +29,7 @@ from .._data.calibration import DEFAULT_LENGTH
 from .._discovery.experts import FusedExperts, fused_parameters
 from .._discovery.family import decoder_layers
 from .._huggingface import HuggingFaceModel
+from .._types import ends
 
 ADDED = torch.ops.aten.addmm.default
 PRODUCTS = (ADDED, torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
@@ -112,6 +113,7 @@ class Outline:
     dtype: torch.dtype
     positions: int  # largest number of tokens in a window
     notes: tuple[str, ...]  # unknown quantities, and their consequences
+    ends: tuple[str, ...]  # names of embedding and head
 
 
 def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
@@ -130,7 +132,8 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
     if any(not group.token_aligned for layer in model.layers for group in layer.groups):
         notes.append("How many tokens each expert is sent is known only in a run: an even share is assumed.")
     size = _size(model, config.get_text_config(), dtype, whole)
-    return Outline(model.name, model.layers, dict(model.left_alone), size, dtype, model.max_positions, tuple(notes))
+    left, last = dict(model.left_alone), tuple(ends(model))
+    return Outline(model.name, model.layers, left, size, dtype, model.max_positions, tuple(notes), last)
 
 
 def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:

@@ -137,7 +137,7 @@ class Request:
                 "no loaded one, and needs output_dir."
             )
         measure = imported(SIZES[layout], layout).measure
-        self.size = size = measure(loaded.folder, alike(loaded), list(ends(loaded)), loaded.model.dtype)
+        self.size = size = measure(loaded.folder, alike(loaded.layers), ends(loaded), loaded.model.dtype)
         self.target = self.recipe.target or int(size.weights * (self.recipe.bits or 0.0) / 8)
         size.require(self.target)
 

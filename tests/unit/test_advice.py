@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from test_gguf import built, quantized
 from typer.testing import CliRunner
 
 import convexprune
@@ -67,10 +70,29 @@ def test_the_command_says_what_to_run_or_that_nothing_reaches_it(folder: Path):
 def test_a_model_that_is_as_it_should_be_is_left_as_it_is(folder: Path, target: dict[str, Any]):
     found = advise(folder, **target)
     assert found.ways[0].commands == ()
-    assert list(found.verdict()) == [f"{found.target}: the model as it is, in 16 bits. Nothing has to be done."]
+    told = f"{found.target}: the model as it is, in 16 bits. Nothing has to be done."
+    assert [*found.verdict()] == [*found.notes, told]
 
 
 @pytest.mark.parametrize("target", [{}, {"bits": 3.0, "speed": 2.0}])
 def test_one_target_is_asked_for(folder: Path, target: dict[str, float]):
     with pytest.raises(RecipeError, match=r"needs a single target.*Accepted: target='4GiB'"):
         convexprune.advise(folder, **target)
+
+
+def test_whole_files_have_the_bytes_that_were_told_beforehand(tmp_path: Path):
+    source = built("llama", tmp_path / "dense", torch.bfloat16)
+    told = advise(source, target="3MB").files
+    for options, name in (("int4 --group-size 64", "int4"), ("q4_k", "q4_k"), ("q8_0", "q8_0")):
+        run = quantized(source, tmp_path / name, quantize=name)
+        out = tmp_path / f"{name}.out"
+        convexprune.export(run, out, "compressed-tensors" if name == "int4" else "gguf")
+        nbytes = (out / "model.safetensors" if name == "int4" else out).stat().st_size
+        least, most = told[f"--quantize {options}"]
+        # The header of a GGUF file has the name of the folder, and what its card says.
+        assert least == most and abs(nbytes - least) < (1 if name == "int4" else 1000)
+    for layout in ("gguf", "compressed-tensors"):
+        least, most = told[f"--quantize {layout} --target SIZE"]
+        assert least < most < 2 * sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    text = CliRunner().invoke(app, ["advise", str(source), "--target", "3MB"]).stdout
+    assert f"{least:,} to {most:,}, as asked" in text
