@@ -134,8 +134,7 @@ def stacks_of(
 class AbstractLayerStep(ABC):
     """A step on a whole decoder layer."""
 
-    edits: ClassVar[bool] = True
-    """Whether it moves weights away from those that reports call dense."""
+    edits: ClassVar[bool] = True  # whether it moves weights away from those that reports call dense
 
     @abstractmethod
     def __call__(self, context: LayerContext) -> None:
@@ -145,10 +144,8 @@ class AbstractLayerStep(ABC):
 class AbstractStackStep(ABC):
     """A step on operators that share an input, with the statistics of that input."""
 
-    edits: ClassVar[bool] = True
-    """Whether it moves weights."""
-    reports: ClassVar[bool] = False
-    """Whether it says what the weights are, so that no step may come after it."""
+    edits: ClassVar[bool] = True  # whether it moves weights
+    reports: ClassVar[bool] = False  # whether it says what the weights are, so that no step may come after it
 
     @abstractmethod
     def __call__(self, stacks: Sequence[Stack]) -> None:

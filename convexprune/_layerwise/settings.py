@@ -96,8 +96,7 @@ class LayerSettings:
 
 SHARES = {"none": 0.0, "attention_sink": 0.1, "loss": 0.5}
 """The share of each kind if none is given; of sinks a tenth has most of the gain of a half (lab/tried.md)."""
-SINK = 4
-"""Tokens at the start of a window on which attention rests (arXiv 2309.17453)."""
+SINK = 4  # tokens at the start of a window on which attention rests (arXiv 2309.17453)
 
 
 @dataclass(frozen=True)

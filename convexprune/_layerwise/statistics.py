@@ -13,12 +13,9 @@ from convexprune.core import ErrorMoments, Moments
 from convexprune.errors import PruningError
 from convexprune.pruners import AbstractPruner
 
-ROOM = 4 << 30
-"""Bytes for the moments of the experts that are pruned side by side."""
-SOLVED = 1 << 25
-"""Numbers in weights and Gram matrices that are solved side by side: some 4 GiB while they are."""
-FEW = 128
-"""Tokens. A product of fewer takes most of its time to fetch and store the matrix that it is added to."""
+ROOM = 4 << 30  # bytes for the moments of the experts that are pruned side by side
+SOLVED = 1 << 25  # numbers in weights and Gram matrices that are solved side by side: some 4 GiB while they are
+FEW = 128  # tokens: a product of fewer takes most of its time to fetch and store the matrix that it is added to
 HELD_OUT = 2
 
 Counted = tuple[Tensor, Tensor | None, Tensor | None]  # x* [tokens n], what it lacks, and weights [tokens]

@@ -1,6 +1,7 @@
 """The work of a run: windows and settings for all layers, and the steps of a layer."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,28 +64,21 @@ class Work:
         return [*self.tokens.split(self.batch_size), *self.validation_batches]
 
 
-@dataclass(frozen=True, eq=False)
-class PruneLayer:
-    """Prune a layer, and put it and the next layer's inputs away in the `store`: a repeated call leaves the same."""
+def prune_layer(store: AbstractStore, work: Work, on_operator: OnOperator, context: LayerContext) -> None:
+    """Prune a layer, and put it and the next layer's inputs away in the store: a repeated call leaves the same."""
+    settings, reports = work.settings, list[OperatorReport]()
 
-    store: AbstractStore
-    work: Work
-    on_operator: OnOperator
+    def report(operator: OperatorReport) -> None:
+        reports.append(operator)
+        on_operator(operator)
 
-    def __call__(self, context: LayerContext) -> None:
-        settings, reports = self.work.settings, list[OperatorReport]()
-
-        def report(operator: OperatorReport) -> None:
-            reports.append(operator)
-            self.on_operator(operator)
-
-        context.held_out, context.ranks = len(self.work.validation_batches), self.work.ranks
-        context.model.keep(context.layer)
-        Pipeline(settings, layer_steps(settings, report))(context)
-        if settings.prefix == "pruned" and not context.is_last:
-            context.hand_on(context.outputs("pruned", context.replayed), "pruned")
-        blocks = {BLOCKS + name: data for name, data in context.blocks.items() if data is not None}
-        self.store.finish(context.number, context.model.state(context.layer) | blocks, reports)
+    context.held_out, context.ranks = len(work.validation_batches), work.ranks
+    context.model.keep(context.layer)
+    Pipeline(settings, layer_steps(settings, report))(context)
+    if settings.prefix == "pruned" and not context.is_last:
+        context.hand_on(context.outputs("pruned", context.replayed), "pruned")
+    blocks = {BLOCKS + name: data for name, data in context.blocks.items() if data is not None}
+    store.finish(context.number, context.model.state(context.layer) | blocks, reports)
 
 
 def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, on_operator: OnOperator) -> None:
@@ -93,4 +87,5 @@ def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, on_ope
     With a dense prefix a second worker can claim the next layer as soon as this worker has the outputs of its dense
     layer: before pruning.
     """
-    LayerWalk(model, work.batches, store, work.settings.streams).run(PruneLayer(store, work, on_operator))
+    step = partial(prune_layer, store, work, on_operator)
+    LayerWalk(model, work.batches, store, work.settings.streams).run(step)

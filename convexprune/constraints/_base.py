@@ -22,22 +22,14 @@ class Constraint(ABC):
     `convexprune.constraints.KINDS`. The attributes tell pruners, allocations and bounds what the kind can do.
     """
 
-    sparsity: float
-    """The share of zeros that is asked for."""
-    grid: Codebook | None = None
-    """The grid of kept values; None: any value."""
-    continuous: bool = False
-    """True if `with_share` takes any share."""
-    by_row: bool = True
-    """True if a row has a separate budget, so that rows do not compete."""
-    by_column: bool = False
-    """True if whole columns are chosen."""
-    removes: Removed | None = None
-    """The removed parts of the model, `width` of which are left; None: nothing is removed."""
-    compensates: bool = False
-    """True if weights without requested zeros are solved for, because they compensate for removals elsewhere."""
-    block: int = 1
-    """Number of consecutive columns that are chosen together."""
+    sparsity: float  # the share of zeros that is asked for
+    grid: Codebook | None = None  # the grid of kept values; None: any value
+    continuous: bool = False  # true if `with_share` takes any share
+    by_row: bool = True  # true if a row has a separate budget, so that rows do not compete
+    by_column: bool = False  # true if whole columns are chosen
+    removes: Removed | None = None  # the removed parts of the model, `width` of which are left; None: no part
+    compensates: bool = False  # true if weights without requested zeros make up for removals elsewhere
+    block: int = 1  # number of consecutive columns that are chosen together
 
     @property
     def share(self) -> float:

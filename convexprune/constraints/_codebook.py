@@ -66,13 +66,10 @@ class Codebook(ABC):
     name. A new one is a subclass, and a line in `convexprune.constraints.GRIDS`.
     """
 
-    values: tuple[float, ...]
-    """The codes, in rising order."""
-    layouts: ClassVar[tuple[str, ...]] = ()
-    """Layouts of `convexprune export` that can say it."""
+    values: tuple[float, ...]  # the codes, in rising order
+    layouts: ClassVar[tuple[str, ...]] = ()  # layouts of `convexprune export` that can say it
     has_offsets: ClassVar[bool] = False
-    by_row: ClassVar[bool] = True
-    """Whether rows share nothing, so that each is on the grid or not by itself."""
+    by_row: ClassVar[bool] = True  # whether rows share nothing, so that each is on the grid or not by itself
 
     @property
     def has_zero(self) -> bool:

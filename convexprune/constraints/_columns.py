@@ -28,8 +28,7 @@ class _Share(Mask):
 
     kind: ClassVar[str]
     what: ClassVar[str]
-    number: ClassVar[str] = ""
-    """The field that the number beside the kind sets."""
+    number: ClassVar[str] = ""  # the field that the number beside the kind sets
 
     sparsity: float
 

@@ -124,8 +124,7 @@ class Super(Block):
     """Weights in blocks of 256: float16 numbers, of which the scales of groups are whole multiples of few bits."""
 
     block = 256
-    multiples: ClassVar[tuple[int, int]]
-    """The smallest and the largest of these multiples."""
+    multiples: ClassVar[tuple[int, int]]  # the smallest and the largest of these multiples
     sweeps: ClassVar[int] = 2  # over the scales of a row
 
     def round_step(self, step: Tensor) -> Tensor:

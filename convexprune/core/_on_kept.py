@@ -9,8 +9,7 @@ from convexprune.core._abstract_penalty import AbstractPenalty, Elementwise
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._symmetric import rounding_margin
 
-PRICED = 1e11
-"""Operations, those of a factor for each row, that a gap may take: some ten seconds of a core."""
+PRICED = 1e11  # operations, those of a factor for each row, that a gap may take: some ten seconds of a core
 AT_ONCE = 2**24  # numbers in the factors that are computed together
 
 

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,8 +25,7 @@ from convexprune.solvers import AbstractSolver, Solution
 from convexprune.solvers._base import require_penalty
 from convexprune.solvers._cg import ConjugateGradient
 
-COLUMNS = Damping(0.3)
-"""The damping of a search for whole columns, if its pruner leaves it open."""
+COLUMNS = Damping(0.3)  # the damping of a search for whole columns, if its pruner leaves it open
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +63,9 @@ class AbstractSearch(AbstractPruner):
 
     @torch.no_grad()
     def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
-        if len(problems) > 1 and all(map(self._is_batched, problems)):
-            return self._pruned(problems)
-        edits = list[LayerEdit]()
-        for problem in problems:
-            edits += self._pruned([problem])
-        return edits
+        together = len(problems) > 1 and all(map(self._is_batched, problems))
+        each = [problems] if together else [[problem] for problem in problems]
+        return list(chain.from_iterable(map(self._pruned, each)))
 
     def _pruned(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
         """Prune a problem, or several side by side."""
@@ -78,9 +75,8 @@ class AbstractSearch(AbstractPruner):
         mask = _known_support(alive[0]) if alone else None
         searched, quadratic, scales = self._posed(alive, dampings, mask is not None)
         if mask is None:
-            pattern = (
-                alive[0].pattern if alone else Stacked.of([(problem.pattern, len(problem.weight)) for problem in alive])
-            )
+            stacks = zip((problem.pattern for problem in alive), heights, strict=True)
+            pattern = alive[0].pattern if alone else Stacked.of(list(stacks))
             found = self.search(searched, pattern)
             mask = pattern.mask(found.scores.abs())
         else:  # the values are all there is to find

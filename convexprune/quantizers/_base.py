@@ -16,10 +16,8 @@ from convexprune.pruners import LayerEdit, LayerProblem
 class AbstractQuantizer(ABC):
     """Settings of a quantizer, a dataclass."""
 
-    input_errors: ClassVar[bool] = False
-    """True if the quantizer reads the errors of inputs, which those of outputs do not give (`ErrorMoments`)."""
-    corrects_last: ClassVar[bool] = True
-    """True if operators of a layer's last stage make up for earlier errors, too."""
+    input_errors: ClassVar[bool] = False  # true if errors of inputs are read, not of outputs (`ErrorMoments`)
+    corrects_last: ClassVar[bool] = True  # true if operators of a layer's last stage make up for earlier errors, too
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.walk import LayerWalk
-from convexprune._layerwise.work import PruneLayer, Work
+from convexprune._layerwise.work import Work, prune_layer
 from convexprune.adapters import HuggingFaceModel
 from convexprune.constraints import Unstructured
 from convexprune.pruners import SparseGPT
@@ -150,7 +151,7 @@ def test_a_layer_that_is_finished_before_the_one_before_it_leaves_what_that_one_
     def task(number: int, folder: Path, on_operator: Callable[[OperatorReport], None] = lambda _: None) -> None:
         model = HuggingFaceModel(build_family("llama").eval())
         store = FolderStore(folder, 2)
-        LayerWalk(model, work.batches, store).visit(number, PruneLayer(store, work, on_operator))
+        LayerWalk(model, work.batches, store).visit(number, partial(prune_layer, store, work, on_operator))
 
     def overtake(report: OperatorReport) -> None:
         if not FolderStore(tmp_path / "overtaken", 2).is_finished(1):

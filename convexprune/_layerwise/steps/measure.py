@@ -21,12 +21,10 @@ QUICK = LowerBound(rounds=2, iterations=10, last_iterations=20, barriers=(1.0, 0
 WIDE = 1024
 """Inputs beyond which its split is the first one, 1 / [H^-1]_jj shrunk: the Newton steps would cost the most."""
 
-WIDEST = 4096
-"""Inputs of an operator beyond which a report has no bound: its cost grows with their cube, in float64."""
+WIDEST = 4096  # inputs of an operator beyond which a report has no bound: its cost grows with their cube, in float64
 
 
-TOGETHER = 64
-"""Times as many rows are bounded where all choose the same columns: few rows alone could have better ones."""
+TOGETHER = 64  # times as many rows are bounded where all choose the same columns: few rows alone could have better ones
 
 
 def rows_to_bound(pattern: Constraint, rows: int) -> int:
