@@ -21,13 +21,14 @@ from convexprune._layerwise.walk import LayerWalk
 from convexprune._storage.failures import writing
 from convexprune._storage.files import copy_file, write_json, write_settings
 from convexprune._storage.staging import Staging
-from convexprune._storage.tensors import ChangedEntry, Entry, Spec, entries
+from convexprune._storage.tensors import ChangedEntry, Entry, entries
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import OperatorReport
 
 from ._channels.channels import Axis
 from ._channels.permuting import Permutation
 from ._checkpoints.model_folder import CONFIG, documents, result_name, shard_files
+from ._checkpoints.shards import Shards
 from ._discovery.operators import offloaded, tensor_of
 from ._huggingface import HuggingFaceModel
 from ._removal.base import AbstractRemoval
@@ -68,17 +69,6 @@ def _valid_generation(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry], notes: Mapping[str, Any]) -> None:
-    """Write a model as a folder that appears whole or not at all; tensors of a streamed model may be `changed`."""
-    with Staging(folder).whole() as whole:
-        if model.shards is None:
-            save(model, whole)
-        else:
-            model.shards.assemble(whole, changed)
-        for name, value in notes.items():
-            write_json(whole / name, value)
 
 
 def save_from_store(
@@ -137,27 +127,33 @@ def _reordered(orders: Iterable[tuple[Axis, list[int]]], tensor: Tensor) -> Tens
 
 def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> None:
     """Write a model in its new order, and `permutation.json`; a streamed model is written tensor by tensor."""
-    changed = {}
-    if model.shards is None:
-        found.apply(model.model)
-    else:
-        orders = defaultdict[str, list[tuple[Axis, list[int]]]](list)
-        for one in found.permuted:
-            for axis in (*one.channels.axes, *one.channels.consumers):
-                orders[axis.parameter].append((axis, one.order))
-        named = dict[int, str]()  # a tensor that is tied to another may be stored twice
-        for name, parameter in model.model.named_parameters(remove_duplicate=False):
-            own, entry = named.setdefault(id(parameter), name), model.shards.entry(name)
-            if own in orders and entry is not None:
-                change = partial(_reordered, orders[own])
-                changed[name] = ChangedEntry(entry.path, entry.spec, entry.begin, entry, change)
-    save_new(model, folder, changed, {"permutation.json": found.to_dict()})
+    with Staging(folder).whole() as whole:
+        if model.shards is None:
+            found.apply(model.model)
+            save(model, whole)
+        else:
+            model.shards.assemble(whole, _permuted(model.model, model.shards, found))
+        write_json(whole / "permutation.json", found.to_dict())
+
+
+def _permuted(model: PreTrainedModel, shards: Shards, found: Permutation) -> dict[str, Entry]:
+    changed, orders = dict[str, Entry](), defaultdict[str, list[tuple[Axis, list[int]]]](list)
+    for one in found.permuted:
+        for axis in (*one.channels.axes, *one.channels.consumers):
+            orders[axis.parameter].append((axis, one.order))
+    named = dict[int, str]()  # a tensor that is tied to another may be stored twice
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        own, entry = named.setdefault(id(parameter), name), shards.entry(name)
+        if own in orders and entry is not None:
+            change = partial(_reordered, orders[own])
+            changed[name] = ChangedEntry(entry.path, entry.spec, entry.begin, entry, change)
+    return changed
 
 
 def require_written(
     model: HuggingFaceModel, folder: Path, store: FolderStore, narrowed: AbstractRemoval | None = None
 ) -> None:
-    """Check the result of a run by opening the folder: every bit of a streamed model, else types, shapes and zeros."""
+    """Check the result of a run by opening the folder: every value, or of renamed tensors all zeros."""
     try:
         if model.shards is None:
             _require_equal(model if narrowed is None else narrowed.apply_to(model), folder)
@@ -191,9 +187,9 @@ def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
     found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
     names = model.model.state_dict().keys()
     for name in found.keys() & names:
-        here, there = _summary(tensor_of(model.model, name)), _summary(found[name])
-        if here != there:
-            raise ModelError(f"{name} should be {here} and is {there}.")
+        here, there = tensor_of(model.model, name).cpu(), found[name].read()
+        if here.dtype != there.dtype or not torch.equal(here, there):
+            raise ModelError(f"{folder}: {name} has other values than it should have.")
     parameters = dict(model.model.named_parameters(remove_duplicate=False))
     places = {name: _place(model.model, parameter) for name, parameter in parameters.items()}
     once = {place: name for name, place in places.items()}
@@ -212,12 +208,6 @@ def _place(model: PreTrainedModel, parameter: Tensor) -> int:
     if head is not None and parameter is head.weight and model.config.get_text_config().tie_word_embeddings:
         return id(cast(Any, model.get_input_embeddings()).weight)
     return id(parameter)
-
-
-def _summary(tensor: Tensor | Entry) -> tuple[Spec, int]:
-    if isinstance(tensor, Entry):
-        return tensor.spec, _zeros(tensor.read())
-    return Spec.of(tensor), _zeros(tensor)
 
 
 def _zeros(tensor: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,6 +61,16 @@ def with_values(settings: Mapping[str, Any], values: Mapping[Place, Any]) -> dic
             part = part.setdefault(each, {})
         part[name] = value
     return changed
+
+
+def renumbered(name: str, lists: Iterable[str], gone: Collection[int]) -> str | None:
+    """Return the name of a tensor after lists of modules have lost some numbers; None for a tensor that is lost."""
+    for path in lists:
+        if name.startswith(f"{path}."):
+            number, _, rest = name[len(path) + 1 :].partition(".")
+            at = int(number)
+            return None if at in gone else f"{path}.{at - sum(other < at for other in gone)}.{rest}"
+    return name
 
 
 def built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:

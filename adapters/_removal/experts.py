@@ -19,7 +19,7 @@ from .._discovery.experts import fused_parameters
 from .._discovery.operators import signature
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import REFUSALS, AbstractRemoval, Cut, Making, Place, built, candidates, settings_of, with_values
+from .base import REFUSALS, AbstractRemoval, Cut, Making, Place, built, candidates, renumbered, settings_of, with_values
 from .mixtures import Mixture, experts_to_remove, find_mixtures
 
 
@@ -76,7 +76,7 @@ class ExpertRemoval(AbstractRemoval):
     def renamed(self, name: str) -> str | None:
         for mixture in self.mixtures:
             if name.startswith(f"{mixture.layer}."):
-                return mixture.renamed(name, self.removed[mixture.layer])
+                return renumbered(name, mixture.lists, self.removed[mixture.layer])
         return name
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:

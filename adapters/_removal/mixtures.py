@@ -18,7 +18,7 @@ from convexprune._progress import begin
 from convexprune.pruners import Score
 
 from .._huggingface import HuggingFaceModel
-from .base import Cut, Making
+from .base import Cut, Making, renumbered
 
 Tensors = dict[str, Tensor]
 """Parameters and buffers of a module, by their names in the model."""
@@ -39,13 +39,6 @@ class Mixture:
     def cuts(self, numbers: Collection[int]) -> dict[str, Cut]:
         """Return the cuts of tensors that count experts, without experts of these `numbers`."""
         return {name: Cut(dim, {None: tuple(sorted(numbers))}, reads=True) for name, dim in self.dims.items()}
-
-    def renamed(self, name: str, numbers: Collection[int]) -> str | None:
-        """Return the name of a tensor in the model without experts; None for a tensor of a removed expert."""
-        if (place := _in_list(name, self.lists)) is None:
-            return name
-        path, number, rest = place
-        return None if number in numbers else f"{path}.{number - sum(gone < number for gone in numbers)}.{rest}"
 
     def tensors(self, block: nn.Module) -> Tensors:
         held = dict[str, Tensor](block.named_parameters()) | dict(block.named_buffers())
@@ -83,7 +76,7 @@ class Mixture:
         def forward(*args: Any, **kwargs: Any) -> Any:
             left = Tensors()
             for name, tensor in self.tensors(whole).items():
-                if (renamed := self.renamed(name, numbers)) is not None:
+                if (renamed := renumbered(name, self.lists, numbers)) is not None:
                     left[renamed[start:]] = cuts[name].of(tensor) if name in cuts else tensor
             return functional_call(small, left, args, kwargs)
 
@@ -98,9 +91,10 @@ class Mixture:
             name = f"{self.layer}.{inside}"
             if name in self.dims:
                 found[inside] = tensor.index_select(self.dims[name], torch.tensor(order, device=tensor.device))
-            elif (place := _in_list(name, self.lists)) is not None:
-                path, number, rest = place
-                found[f"{path}.{order[number]}.{rest}".removeprefix(f"{self.layer}.")] = tensor
+            for path in self.lists:
+                if name.startswith(f"{path}."):
+                    number, _, rest = name[len(path) + 1 :].partition(".")
+                    found[f"{path}.{order[int(number)]}.{rest}".removeprefix(f"{self.layer}.")] = tensor
         return found
 
 
@@ -147,14 +141,6 @@ def _mixture(
     shared = next(n for n in range(len(min(parts, key=len)), 0, -1) if len({tuple(p[:n]) for p in parts}) == 1)
     own = tuple(path for path in lists if path.startswith(f"{layer}."))
     return Mixture(layer, ".".join(parts[0][:shared]), size, dims, stacked, own)
-
-
-def _in_list(name: str, lists: Iterable[str]) -> tuple[str, int, str] | None:
-    for path in lists:
-        if name.startswith(f"{path}."):
-            number, _, rest = name[len(path) + 1 :].partition(".")
-            return path, int(number), rest
-    return None
 
 
 TOKENS = 4096  # that outputs are compared on

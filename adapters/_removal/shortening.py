@@ -31,6 +31,7 @@ from .base import (
     built,
     candidates,
     parameter_shapes,
+    renumbered,
     settings_of,
     with_values,
 )
@@ -162,13 +163,7 @@ class Shortening(AbstractRemoval):
         return replace(self, removed=sorted(set(removed)))
 
     def renamed(self, name: str) -> str | None:
-        path = self.layers[0].rpartition(".")[0]
-        if not name.startswith(f"{path}."):
-            return name
-        number, _, rest = name[len(path) + 1 :].partition(".")
-        if int(number) in self.removed:
-            return None
-        return f"{path}.{int(number) - sum(gone < int(number) for gone in self.removed)}.{rest}"
+        return renumbered(name, [self.layers[0].rpartition(".")[0]], self.removed)
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         *inside, _ = self.place

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convexprune._device.capabilities import MKLDNN_CHECKS, has_bfloat16, has_fast_doubles, is_host, lacks_products
+from convexprune._device.switches import restored
 
 Format = Literal["auto", "float32", "tf32", "bf16x3"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -153,12 +154,8 @@ def _rounded(a: Tensor) -> Tensor:
 
 
 def _in_tf32(a: Tensor, b: Tensor) -> Tensor:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with restored(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"):
         return a @ b
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ---- products of 16 bits on a CPU without instructions for 16 bits: in float32, rounded at the end

@@ -125,7 +125,8 @@ def answer(group: Group, name: str, pattern: Constraint) -> Measurement:
     edit = METHODS[name]().prune(group.problem(pattern, group.sizes.device, torch.float32))
     exact = METHODS[name]().prune(group.problem(pattern, "cpu", torch.float64))
     errors = [float(group.exact.squared_error(one.weight.cpu().double()).sum()) for one in (edit, exact)]
-    difference, zeros, asked = errors[0] / errors[1] - 1, _zeros(edit), pattern.zeros(*group.sizes.group)
+    difference, zeros = errors[0] / errors[1] - 1, int((edit.weight == 0).sum())
+    asked = pattern.zeros(*group.sizes.group)
     gap, gap_exact = _gap(edit), _gap(exact)
     said = f"error {difference:+.2%} of float64's, {zeros:,} zeros of {asked:,} asked"
     numbers: dict[str, float] = {"difference": difference, "zeros": zeros, "asked": asked}
@@ -140,18 +141,11 @@ def _gap(edit: LayerEdit) -> float | None:
     return edit.solutions[-1].certificate.relative_gap if edit.solutions else None
 
 
-def _zeros(edit: LayerEdit) -> int:
-    return int((edit.weight == 0).sum())
-
-
 def determined(group: Group, pattern: Constraint) -> Measurement:
     """Run the default method twice under `torch.use_deterministic_algorithms(True)` and compare the bits."""
     problem = group.problem(pattern, group.sizes.device, torch.float32)
-    with deterministic():
+    states = torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+    with restored(*states, True):  # torch refuses operations whose bits can change from run to run
         first, second = (PRUNERS["convex"]().prune(problem).weight for _ in range(2))
     differ = int((first != second).sum())
     return Measurement(f"{differ} of {first.numel():,} entries differ", {"differ": differ}, differ == 0)
-
-
-deterministic = partial(restored, torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True)
-"""Let torch refuse operations whose bits can change from run to run."""
