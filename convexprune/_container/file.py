@@ -9,9 +9,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from convexprune._container.blocks import Blocks, beside
 from convexprune._container.codes import FLOATS, Layout, decode_codes, encode_codes, layout_of
 from convexprune._container.format import BLOCK, decode, encode, longest, width
 from convexprune._storage.failures import reading
@@ -78,20 +80,34 @@ def packed_name(path: Path) -> Path:
 def pack_file(path: Path, target: Path) -> None:
     found, text = entries(path)[0], read_header(path).decode()
     specs, checksums, coded, groups = dict[str, Spec](), dict[str, str](), list[str](), dict[str, int]()
+    grids, own = dict[str, str](), beside(path)
     # A header with these has room for that of the pack, whatever is coded.
     wider = {n: Spec(e.spec.code, (*e.spec.shape, e.spec.nbytes), e.spec.nbytes) for n, e in found.items()}
-    room = len(_header(text, wider, dict.fromkeys(found, "0" * 64), [*found], dict.fromkeys(found, 999)))
+    room = len(
+        _header(
+            text,
+            wider,
+            dict.fromkeys(found, "0" * 64),
+            [*found],
+            dict.fromkeys(found, 999),
+            dict.fromkeys(own, "iq4_nl"),
+        )
+    )
     if room > LONGEST_HEADER:
         raise ModelError(f"{path}: its header has {len(text):,} characters, too many to be packed.")
     with atomic_write(target) as out:
         write(out, bytes(8 + room))
         for name, entry in found.items():
-            nbytes, checksums[name], group = _write_coded(entry, out)
+            if name in own and (told := own[name].of(entry)) is not None:
+                nbytes, checksums[name], group = 0, hashlib.sha256(entry.read_bytes()).hexdigest(), None
+                grids[name] = told.grid
+            else:
+                nbytes, checksums[name], group = _write_coded(entry, out)
             specs[name] = entry.spec if nbytes is None else Spec("U8", (nbytes,), nbytes)
             coded += [] if nbytes is None else [name]
             groups |= {} if nbytes is None or group is None else {name: group}
         out.seek(0)
-        write(out, room.to_bytes(8, "little") + _header(text, specs, checksums, coded, groups).ljust(room))
+        write(out, room.to_bytes(8, "little") + _header(text, specs, checksums, coded, groups, grids).ljust(room))
 
 
 def unpack_file(path: Path, target: Path) -> None:
@@ -110,7 +126,8 @@ def packed_checksum(path: Path) -> str:
 def contents(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
     """Return the original bytes of a packed file, and by tensor the number of weights and the packed bytes."""
     header, parts = _parts(path)
-    tensors = {n: (8 * p.spec.nbytes // BITS[p.spec.code], p.entry.spec.nbytes) for n, p in parts.items()}
+    packed = {n: (p.entry.spec if p.blocks is None else p.blocks).nbytes for n, p in parts.items()}
+    tensors = {n: (8 * p.spec.nbytes // BITS[p.spec.code], packed[n]) for n, p in parts.items()}
     return len(header) + sum(part.spec.nbytes for part in parts.values()), tensors
 
 
@@ -146,9 +163,15 @@ def _coded(block: bytes, code: str, layout: Layout | None) -> bytes:
 
 
 def _header(
-    text: str, specs: Mapping[str, Spec], checksums: Mapping[str, str], coded: list[str], groups: Mapping[str, int]
+    text: str,
+    specs: Mapping[str, Spec],
+    checksums: Mapping[str, str],
+    coded: list[str],
+    groups: Mapping[str, int],
+    grids: Mapping[str, str],
 ) -> bytes:
     told = {"version": VERSION, "header": text, "checksums": checksums, "coded": coded, "groups": groups}
+    told |= {"grids": grids} if grids else {}
     notes = json.dumps(told)
     header: dict[str, Any] = {"__metadata__": {NOTES: notes, CHECKSUM: hashlib.sha256(notes.encode()).hexdigest()}}
     end = 0
@@ -162,13 +185,14 @@ def _header(
 
 
 class _Part(NamedTuple):
-    """A tensor in a packed file: place, original spec, coding, and layout of scales."""
+    """A tensor in a packed file: place, original spec, coding, layout of scales, and blocks in another file."""
 
     entry: Entry
     spec: Spec
     checksum: str
     coded: bool
     layout: Layout | None
+    blocks: Blocks | None
 
 
 def _unpacked(path: Path) -> Iterator[bytes]:
@@ -193,7 +217,11 @@ def _parts(path: Path) -> tuple[bytes, dict[str, _Part]]:
         if not specs.keys() == found.keys() == checksums.keys() >= coded:
             raise ValueError("its tensors are not those that it tells of")
         layouts = {name: Layout.of(group, specs[name]) for name, group in notes["groups"].items()}
-        parts = {n: _Part(found[n], spec, checksums[n], n in coded, layouts.get(n)) for n, spec in specs.items()}
+        grids, own = notes.get("grids", {}), beside(path) if "grids" in notes else {}
+        told = {name: replace(own[name], grid=grid) for name, grid in grids.items()}
+        parts = {
+            n: _Part(found[n], spec, checksums[n], n in coded, layouts.get(n), told.get(n)) for n, spec in specs.items()
+        }
         if wrong := [name for name in specs.keys() - coded if specs[name] != found[name].spec]:
             raise ValueError(f"{wrong[0]} is not what it was")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as cause:
@@ -215,6 +243,12 @@ def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _decoded(part: _Part) -> Iterator[bytes]:
     code, path = part.spec.code, part.entry.path
+    if part.blocks is not None:
+        try:
+            yield from part.blocks.decoded(part.spec)
+        except (ValueError, LookupError) as cause:
+            raise damaged(path, cause) from cause
+        return
     with opened(part.entry) as source:
         for nbytes in sizes(part.spec, part.layout):
             length = int.from_bytes(source.read(4), "little")

@@ -20,7 +20,7 @@ from convexprune._container.file import (
 from convexprune._container.provenance import require_as_written
 from convexprune._progress import begin
 from convexprune._progress.shown import visible
-from convexprune._runs.folder import REPORT, RunFolder
+from convexprune._runs.folder import BLOCKS, REPORT, RunFolder
 from convexprune._storage.failures import reading
 from convexprune._storage.files import PARTS, Stamp, copy_file, named, paths_in, refuse_foreign, require_unchanged
 from convexprune._storage.staging import Staging
@@ -67,7 +67,8 @@ def measured(folder: Path, names: Iterable[Path], operators: Iterable[str] = ())
     sizes = {path: Stamp.of(path).size for path in files}
     before = sum(packs[path][0] if path in packs else size for path, size in sizes.items())
     tensors = {name: size for _, inside in packs.values() for name, size in inside.items()}
-    bits = 8 * sum(sizes[path] for path in packs) / max(1, sum(count for count, _ in tensors.values()))
+    stored = [path for path in files if path in packs or path.name == BLOCKS]
+    bits = 8 * sum(sizes[path] for path in stored) / max(1, sum(count for count, _ in tensors.values()))
     pruned = [tensors[f"{name}.weight"] for name in operators if f"{name}.weight" in tensors]
     own = 8 * sum(size for _, size in pruned) / sum(count for count, _ in pruned) if pruned else None
     return Packed(folder, before, sum(sizes.values()), bits, own)
