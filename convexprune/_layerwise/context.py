@@ -75,7 +75,6 @@ class LayerContext:
             self.model.prefetch(following)
 
     def keep_dense(self) -> None:
-        """Copy the weights of all operators, unless a step has moved them."""
         if self.is_dense:
             self.dense = {operator: operator.read().clone() for operator in self.layer.operators}
 

@@ -93,7 +93,6 @@ class Stack:
         return replace(before, weight=weight)
 
     def put(self, edit: LayerEdit) -> None:
-        """Store the first rank's edit in the model."""
         edit = of_first_rank(edit, self.context.ranks)
         if not bool(edit.weight.isfinite().all()):
             raise PruningError(f"{self.names[0]}: the pruned weight is not finite. Raise the damping.")

@@ -41,7 +41,6 @@ class CorrectionTargets:
         return group is self._last_branch or group in self._weights
 
     def is_last_branch(self, stage: Sequence[Group]) -> bool:
-        """Return True if the pass of this stage has to be `split_last_branch`."""
         return self._last_branch is not None and self._last_branch in stage
 
     def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:

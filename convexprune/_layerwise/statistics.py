@@ -62,14 +62,12 @@ class CalibrationStatistics:
                 self._count(HELD_OUT if held_out else half)
 
     def _next_weights(self, x: Tensor) -> Tensor | None:
-        """Return the weights [tokens] of the next calibration window, on the device of `x`."""
         if self._weights is None:
             return None
         self._windows += 1
         return self._weights[self._windows - 1].to(x.device)
 
     def _count(self, part: int) -> None:
-        """Count waiting samples of a half, or of the held-out part."""
         if not (waiting := self._waiting[part]):
             return
         moments = (*self._halves, self._held_out)[part]
@@ -155,7 +153,6 @@ class CalibrationStatistics:
 
     @property
     def unweighted(self) -> Moments:
-        """Return the moments of all calibration windows with equal tokens."""
         self._count_all()
         return self.total if self._unweighted is None else self._unweighted
 

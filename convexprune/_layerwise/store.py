@@ -58,7 +58,6 @@ class MemoryStore(AbstractStore):
         self._made: list[Recorded] = []
 
     def backward(self) -> "MemoryStore":
-        """Return the kept states for the layers from the last to the first."""
         back = MemoryStore(reversed(self._numbers), self._record)
         back._hidden, back._made = self._hidden, self._made
         return back
@@ -86,7 +85,6 @@ class MemoryStore(AbstractStore):
         self._tidy_up()
 
     def _tidy_up(self) -> None:
-        """Remove the files that were made here and are needed no longer."""
         needed = {id(batches) for batches in self._hidden.values()}
         for place in self._made:
             if isinstance(place, Batches) and id(place) not in needed:
@@ -103,7 +101,6 @@ class MemoryStore(AbstractStore):
         """Do nothing: inputs in memory are never damaged, so no finished layer is run again."""
 
     def take(self, number: int) -> Recorded:
-        """Return the inputs of layer `number`, and give up ownership."""
         return self._hidden.pop((number, "dense"))
 
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:

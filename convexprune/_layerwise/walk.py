@@ -20,7 +20,6 @@ class LayerCalls:
         self._by_shape = {shape: model.calls(batch) for shape, batch in batches.items()}
 
     def of(self, number: int) -> Calls:
-        """Return the call of layer `number` for hidden states [batch tokens hidden]."""
 
         def call(hidden: Tensor) -> Call:
             return self._by_shape[hidden.shape[:2]][number]
@@ -74,7 +73,6 @@ class LayerWalk:
         self._on_layer(layer.name)
 
     def _inputs(self, number: int, stream: Stream) -> Recorded | None:
-        """Return the inputs of a layer: handed on by the layer before, or recomputed."""
         found = self._states.hidden(number, stream)
         if found is None and all(self._states.is_finished(n) for n in range(number)):
             return self._recomputed_inputs(number, stream)

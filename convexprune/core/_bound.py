@@ -1,7 +1,8 @@
 """A certified lower bound on the error of the best weight in a pattern."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import inf
 
 import torch
@@ -69,26 +70,26 @@ class LowerBound:
         """Bound stacks of operators, whose rows a quadratic has in order; those of equal shape side by side."""
         posed = [_posed(*stack) for stack in stacks]
         every = [operator for stack in posed for operator in stack]
-        if self.per_row or len(stacks) < 2 or len({operator.kind for operator in every}) > 1 or every[0].first is None:
-            return [[self._alone(operator) for operator in stack] for stack in posed]
-        found = iter(self._together(every))
-        return [[operator.bound(*next(found), self.rounds > 0) for operator in stack] for stack in posed]
+        single = self.per_row or len(stacks) < 2 or len({operator.kind for operator in every}) > 1
+        found = (self._bounds(part) for part in ([[operator] for operator in every] if single else [every]))
+        bounds = chain.from_iterable(found)
+        return [[next(bounds) for _ in stack] for stack in posed]
 
-    def _alone(self, operator: "_Operator") -> PruningBound:
-        if operator.first is None:
-            return PruningBound(operator.error, 0.0, len(operator.weight))
-        inverse, first = operator.first
-        split = first.expand(operator.weight.shape) if self.per_row else first[None]
-        split, point = self._ascend(operator.quadratic, inverse, split, operator)
-        return operator.bound(split.expand(point.shape), point, self.rounds > 0)
-
-    def _together(self, every: "Sequence[_Operator]") -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield splits and points of operators of equal shape, with a split for all rows of an operator."""
-        q = SideBySide.of([operator.quadratic for operator in every])
-        inverse, first = (torch.stack(each) for each in zip(*(o.first for o in every if o.first), strict=True))
+    def _bounds(self, every: "Sequence[_Operator]") -> list[PruningBound]:
+        """Bound an operator, or operators of equal shape side by side with a split for all rows of each."""
+        if every[0].first is None:
+            return [PruningBound(operator.error, 0.0, len(operator.weight)) for operator in every]
+        (inverse, split), q = every[0].first, every[0].quadratic
         weight, kept = (torch.cat([getattr(operator, name) for operator in every]) for name in ("weight", "kept"))
-        split, point = self._ascend(q, inverse, first, replace(every[0], weight=weight, kept=kept))
-        return zip(q.by_block(q.for_rows(split)), q.by_block(point), strict=True)
+        if len(every) == 1:
+            split = split.expand(weight.shape) if self.per_row else split[None]
+        else:
+            q = SideBySide.of([operator.quadratic for operator in every])
+            inverse, split = (torch.stack(each) for each in zip(*(o.first for o in every if o.first), strict=True))
+        split, point = self._ascend(q, inverse, split, replace(every[0], weight=weight, kept=kept))
+        splits = q.by_block(split if self.per_row else q.for_rows(split))
+        each = zip(every, splits, q.by_block(point), strict=True)
+        return [operator.bound(own, at, self.rounds > 0) for operator, own, at in each]
 
     def _ascend(self, q: Quadratic, inverse: Tensor, split: Tensor, posed: "_Operator") -> tuple[Tensor, Tensor]:
         """Return the split, by row [m n] or operator [e n], and the weight V0 [m n] with the best bound."""

@@ -82,7 +82,6 @@ _shrink = fused(_soft)
 
 @fused
 def _shrink_ahead(weight: Tensor, residual: Tensor, strength: Tensor, step: Tensor) -> Tensor:
-    """Shrink V + step K."""
     point = torch.addcmul(weight, residual, step)
     return _soft(point, strength, step, point)
 

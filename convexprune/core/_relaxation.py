@@ -93,7 +93,6 @@ def is_below(gram: Tensor, split: Tensor) -> bool:
 
 
 def _less(gram: Tensor, diagonal: Tensor) -> Tensor:
-    """H - B [n n] for a diagonal B [n]."""
     rest = gram.clone()
     rest.diagonal().sub_(diagonal)
     return rest
@@ -114,7 +113,6 @@ class Relaxed:
         return cls(weight, weight, torch.ones_like(weight), torch.zeros_like(weight))
 
     def moved(self, before: Tensor, split: Tensor) -> "Relaxed":
-        """Return the iterate for a new split: B * dual stays."""
         return Relaxed(self.point, self.weight, self.fraction, self.dual * before / split, self.price)
 
     @property

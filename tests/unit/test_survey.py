@@ -17,14 +17,13 @@ from convexprune._layerwise.steps.survey import survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._gradients import loss_fisher
-from convexprune.constraints import Columns, SemiStructured, Unstructured
+from convexprune.constraints import Columns, SemiStructured, Unstructured, parse_pattern
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pruners import Convex, Magnitude
 from convexprune.recipe import make_recipe
 from convexprune.report import Report
 from convexprune.validation import compare, verify
 from convexprune.validation._variants import make_variants
-from convexprune.validation._verify import _layer_settings
 
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 HALF, TWO_OF_FOUR = Unstructured(0.5), SemiStructured(2, 4)
@@ -193,7 +192,8 @@ def test_prune_spreads_the_zeros_in_memory_and_in_a_folder_alike(tiny_llama: Hug
     assert len({o.pattern for o in there.operators}) > 1 and all("per matrix" in o.pattern for o in there.operators)
     assert (there.allocation["gap"] is not None) == (rule in SURVEYED) and there.allocation == here.allocation
     recipe = make_recipe(**(there.recipe | {"model": "", "allocation": rule}))
-    judged = _layer_settings(recipe, there.operators)  # `verify` judges by what each operator was asked
+    patterns = {o.name: parse_pattern(o.pattern) for o in there.operators}  # `verify` judges by what each was asked
+    judged = recipe.layer_settings(patterns=patterns)
     assert all(judged.pattern_of(o.name).zeros(o.outputs, o.inputs) == o.expected_zeros for o in there.operators)
     with pytest.raises(RecipeError, match="verify the folder"):
         verify(dense, dataset=str(tmp_path), allocation=rule)

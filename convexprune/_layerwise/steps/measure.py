@@ -164,7 +164,6 @@ def _counted(stack: Stack, stored: Tensor) -> list[dict[str, Any]]:
 
 
 def _certified(edit: LayerEdit) -> dict[str, Any]:
-    """Return the certificates of a stack's convex solves for a report."""
     certificates = [solution.certificate for solution in edit.solutions]
     last = edit.solutions[-1] if edit.solutions else None
     return {

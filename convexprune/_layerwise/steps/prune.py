@@ -90,7 +90,6 @@ def _repair(stack: Stack) -> None:
 
 
 def _worst(stack: Stack) -> float:
-    """Return the largest error of the stack's operators on held-out tokens, relative to the output's energy."""
     errors = errors_elsewhere(stack.problem, stack.statistics.held_out.rows(stack.rows), stack.edit.weight)
     return max((error for error in errors if error is not None), default=0.0)
 

@@ -100,7 +100,6 @@ def _dense_outputs(context: LayerContext, group: Group, submodule: CachedSubmodu
 
 
 def _inputs(context: LayerContext, batches: Sequence[Tensor], group: Group) -> Recorded:
-    """Record the inputs of a group in the layer as it is now."""
     seen = (stage_inputs(context.layer, [group], context.calls(batch), batch)[group] for batch in batches)
     return recorded(seen, context.record())
 
