@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, groupby, takewhile
+from itertools import chain, groupby
 from typing import ClassVar
 
 import torch
@@ -169,16 +169,17 @@ class Pipeline:
 
     @torch.no_grad()
     def __call__(self, context: LayerContext) -> None:
-        left = list(self.steps)
-        while left:
-            together = [s for s in takewhile(_is_on_stacks, left) if isinstance(s, AbstractStackStep)]
-            left = left[len(together) :]
-            if together:
-                self._pass(context, together, goes_on=any(map(_is_on_stacks, left)))
-            else:
-                step = left.pop(0)
-                assert isinstance(step, AbstractLayerStep)
-                _on_layer(context, step, goes_on=any(map(_is_on_stacks, left)))
+        together = list[AbstractStackStep]()
+        for number, step in enumerate(self.steps, 1):
+            following = self.steps[number:]
+            goes_on = any(isinstance(later, AbstractStackStep) for later in following)
+            if isinstance(step, AbstractLayerStep):
+                _on_layer(context, step, goes_on)
+                continue
+            together.append(step)
+            if not following or isinstance(following[0], AbstractLayerStep):
+                self._pass(context, together, goes_on)
+                together = []
 
     def _pass(self, context: LayerContext, steps: Sequence[AbstractStackStep], goes_on: bool) -> None:
         """Run steps on all stacks of the layer, by stage; keep the needs of a following pass."""
@@ -211,10 +212,6 @@ def run_steps(steps: Sequence[AbstractStackStep], stacks: Sequence[Stack], began
         stack.begin(began)
     for step in steps:
         step(stacks)
-
-
-def _is_on_stacks(step: AbstractLayerStep | AbstractStackStep) -> bool:
-    return isinstance(step, AbstractStackStep)
 
 
 def _on_layer(context: LayerContext, step: AbstractLayerStep, goes_on: bool) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -51,12 +52,11 @@ def sampled_bounds_of_all(stacks: Sequence[Posed], rows: int) -> list[list[dict[
     """
     drawn = [_drawn(*stack, rows) for stack in stacks]
     method = replace(QUICK, rounds=0) if stacks[0][1].shape[1] > WIDE else QUICK
-    found = iter(method.of_all([posed for posed, _ in drawn if posed is not None]))
-    bounds = []
-    for (posed, wanted), (_, _, damping, _) in zip(drawn, stacks, strict=True):
-        own = iter([] if posed is None else next(found))
-        bounds.append([_facts(next(own), damping) if each and posed is not None else None for each in wanted])
-    return bounds
+    found = chain.from_iterable(method.of_all([posed for posed, _ in drawn if posed is not None]))
+    return [
+        [_facts(next(found), damping) if is_wanted else None for is_wanted in wanted]
+        for (_, wanted), (_, _, damping, _) in zip(drawn, stacks, strict=True)
+    ]
 
 
 def _drawn(
@@ -64,8 +64,8 @@ def _drawn(
 ) -> tuple[tuple[Quadratic, list[Constraint], Sequence[Tensor]] | None, list[bool]]:
     """Return a stack as `LowerBound.of_all` takes it, and the bounded operators; None without any."""
     parts, n = problem.operators(), weight.shape[1]
-    wanted = [_is_bounded(part) for part in parts]
-    if rows == 0 or n > WIDEST or not any(wanted):
+    wanted = [rows > 0 and n <= WIDEST and _is_bounded(part) for part in parts]
+    if not any(wanted):
         return None, wanted
     chosen, patterns, first = list[Tensor](), list[Constraint](), 0
     for part, is_wanted in zip(parts, wanted, strict=True):
