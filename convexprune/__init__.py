@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
     from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
-    from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, path, solve, solver_names
+    from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, path, solve, solve_all, solver_names
     from convexprune.solvers._from_cvxpy import from_cvxpy, to_cvxpy
     from convexprune.validation import (
         Evaluation,
@@ -61,8 +61,8 @@ __all__ = [
     "Problem", "PruneResult", "Quadratic", "Recipe", "Report", "ReverseHuber", "RowGroups", "SemiStructured",
     "Solution", "Status", "Support", "TotalVariation", "Unstructured", "Verification", "advise", "certify", "compare",
     "compare_samples", "errors", "evaluate", "export", "from_cvxpy", "inspect", "keep_zeros", "load", "make_solver",
-    "pack", "parse_pattern", "path", "permute", "perplexity", "problems", "prune", "pruners", "solve", "solver_names",
-    "solvers", "to_cvxpy", "unpack", "verify",
+    "pack", "parse_pattern", "path", "permute", "perplexity", "problems", "prune", "pruners", "solve", "solve_all",
+    "solver_names", "solvers", "to_cvxpy", "unpack", "verify",
 ]  # fmt: skip
 
 _ROOMS = (

@@ -67,7 +67,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, out: Te
         return torch.add(total, product(a, b), alpha=alpha, out=out)
     if b.ndim == 2:
         return torch.addmm(total, a, b, alpha=alpha, out=out)
-    return torch.baddbmm(_by_matrix(total, b), _by_matrix(a, b), b, alpha=alpha).flatten(0, 1)
+    into = None if out is None else _by_matrix(out, b)
+    return torch.baddbmm(_by_matrix(total, b), _by_matrix(a, b), b, alpha=alpha, out=into).flatten(0, 1)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -150,6 +150,10 @@ def require_norm(penalty: AbstractPenalty, like: Tensor) -> None:
 class Elementwise(AbstractPenalty):
     """A sum over entries: known in any units of the columns."""
 
+    def columns(self, chosen: Tensor) -> Self:
+        """Return the penalty of the columns `chosen` alone."""
+        return self._with(lambda tensor: tensor[..., chosen] if tensor.ndim and tensor.shape[-1] > 1 else tensor)
+
     def units(self, scale: Tensor) -> Tensor:
         return scale
 

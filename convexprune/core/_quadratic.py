@@ -1,5 +1,6 @@
 """The smooth term: a convex quadratic of the weight whose Gram matrix all rows share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -151,8 +152,14 @@ class Quadratic(SumOfSquares):
     def rows(self, chosen: Tensor | slice) -> Self:
         """The quadratic of the rows `chosen` alone: numbers [k], a mask [m] or a slice."""
         anchor = None if self.anchor is None else self.anchor[chosen]
-        cache = Cache(self.gram, self._cache.precision, self._cache.energy[chosen], suspect=self._cache.suspect)
+        given = self._cache
+        cache = Cache(self.gram, given.precision, given.energy[chosen], suspect=given.suspect, factor=given.factor)
         return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, cache, checked=False)
+
+    @property
+    def blocks(self) -> "Sequence[Quadratic]":
+        """The quadratic of every problem side by side."""
+        return [self] if self.problems == 1 else [self.rows(part) for part in self.parts]
 
     def columns(self, chosen: Tensor) -> Self:
         """Return the quadratic of the inputs `chosen` [k] alone; weights of remaining inputs stay at the anchor."""
@@ -166,7 +173,8 @@ class Quadratic(SumOfSquares):
 
     def _as_precise(self, gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Self:
         """Return a quadratic with the rounding errors of this quadratic's given tensors."""
-        cache = Cache(gram, self._cache.precision, self._cache.energy, suspect=self._cache.suspect)
+        given = self._cache
+        cache = Cache(gram, given.precision, given.energy, problems=given.problems, suspect=given.suspect)
         return type(self)(gram, cross, energy, anchor, cache=cache, checked=False)
 
     def __add__(self, other: Self) -> Self:

@@ -1,7 +1,8 @@
 """Problems of equal shape as a single problem, so that a GPU gets every step of all problems at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from math import inf
 from typing import Self
@@ -9,6 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from convexprune.core._abstract_penalty import AbstractPenalty, Elementwise
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._sum_of_squares import UNKNOWN, Cache
 from convexprune.core._symmetric import cholesky, power_of_two
@@ -30,22 +33,14 @@ class SideBySide(Quadratic):
     def of(cls, quadratics: Sequence[Quadratic]) -> Self:
         """Join quadratics of weights of equal shape, written about anchors, with tensors of a common dtype."""
         gram = torch.stack([each.gram for each in quadratics])
-        cross, energy = (torch.cat([getattr(each, name) for each in quadratics]) for name in ("cross", "energy"))
-        anchor = torch.cat([each.anchor for each in quadratics if each.anchor is not None])
-        given = torch.cat([each._cache.energy for each in quadratics])
-        suspect = any(each._cache.suspect for each in quadratics)
-        cache = Cache(gram, quadratics[0]._cache.precision, given, suspect=suspect)
-        return cls(gram, cross, energy, anchor, cache=cache, checked=False)
+        return cls(*_joined(quadratics, gram), checked=False)
 
     @property
-    def parts(self) -> list[slice]:
-        """Return the rows of every weight."""
-        height = len(self.cross) // len(self.gram)
-        return [slice(first, first + height) for first in range(0, len(self.cross), height)]
+    def problems(self) -> int:
+        return len(self.gram)
 
     @cached_property
-    def blocks(self) -> list[Quadratic]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the quadratic of every weight, with shared tensors."""
+    def blocks(self) -> list[Quadratic]:
         inner, stiffness = self._cache.envelope_of or (None, 0.0)
         blocks = []
         for i, rows in enumerate(self.parts):
@@ -56,19 +51,6 @@ class SideBySide(Quadratic):
             block = self.gram[i], self.cross[rows], self.energy[rows], anchor, self.bound, cache
             blocks.append(Quadratic(*block, checked=False))
         return blocks
-
-    def by_block(self, rows: Tensor) -> Tensor:
-        """Split `rows` [e m, ...] by weight: [e m ...]."""
-        return rows.unflatten(0, (len(self.gram), -1))
-
-    def for_rows(self, values: Tensor) -> Tensor:
-        """Repeat `values` [e ...] by weight for every row: [e m, ...]."""
-        height = len(self.cross) // len(values)
-        return values[:, None].expand(len(values), height, *values.shape[1:]).flatten(0, 1)
-
-    def totals(self, rows: Tensor) -> list[float]:
-        """Return the sum over the `rows` [e m] by weight."""
-        return self.by_block(rows).sum(1).tolist()
 
     @property
     def norm(self) -> Tensor:
@@ -131,6 +113,46 @@ class SideBySide(Quadratic):
         solved = torch.linalg.solve_triangular(self.factor, self.by_block(gradient).mT, upper=False)
         price = solved.square_().sum(1).flatten() / 2
         return torch.where(((gradient != 0) & self.dead).any(1), inf, price)
+
+
+def joined(problems: Sequence[Problem]) -> Problem | None:
+    """Return problems of equal shape as one: of their Gram matrix or matrices; None where they are no rows."""
+    quadratics, penalty = [problem.quadratic for problem in problems], _joined_penalty(problems)
+    if penalty is None:
+        return None
+    if any((each.anchor is None) != (quadratics[0].anchor is None) for each in quadratics):
+        quadratics = [each.at(None) for each in quadratics]
+    gram = quadratics[0].gram
+    if any(each.gram is not gram for each in quadratics):
+        return Problem(SideBySide.of(quadratics), penalty)
+    cross, energy, anchor, bound, cache = _joined(quadratics, gram)[1:]
+    cache.problems = len(quadratics)
+    return Problem(Quadratic(gram, cross, energy, anchor, bound, cache, checked=False), penalty)
+
+
+def _joined(quadratics: Sequence[Quadratic], gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, Cache]:
+    cross, energy = (torch.cat([getattr(each, name) for each in quadratics]) for name in ("cross", "energy"))
+    anchors = [each.anchor for each in quadratics if each.anchor is not None]
+    given = torch.cat([each._cache.energy for each in quadratics])
+    suspect = any(each._cache.suspect for each in quadratics)
+    cache = Cache(gram, quadratics[0]._cache.precision, given, suspect=suspect)
+    return gram, cross, energy, torch.cat(anchors) if anchors else None, None, cache
+
+
+def _joined_penalty(problems: Sequence[Problem]) -> AbstractPenalty | None:
+    """Return the penalty of all rows; None unless all are convex sums over entries, of one kind."""
+    penalties, like = [problem.penalty for problem in problems], problems[0].quadratic.cross
+    kinds, first = {type(penalty) for penalty in penalties}, penalties[0]
+    if len(kinds) > 1 or not (isinstance(first, Elementwise) and first.is_convex and is_dataclass(first)):
+        return None
+    every = copy(first)
+    for name in (field.name for field in fields(first)):
+        values = [getattr(penalty, name) for penalty in penalties]
+        if all(isinstance(value, float | int) and value == values[0] for value in values):
+            continue
+        exact = [v if isinstance(v, Tensor) else like.new_tensor(v, dtype=torch.float64) for v in values]
+        object.__setattr__(every, name, torch.cat([value.to(like.device).expand_as(like) for value in exact]))
+    return every
 
 
 def _positive(diagonal: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from math import inf
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Cache:
     is_sum_of_squares: bool | None = None
     is_well_conditioned: bool | None = None
     doubt: float | None = None
+    problems: int = 1  # of equal height, whose rows share the Gram matrix
     suspect: bool = False  # a caller gave the tensors, which may then belong to no sum of squares
     factor: Tensor | None = UNKNOWN
     inverse: Any = UNKNOWN
@@ -87,24 +88,27 @@ class SumOfSquares:
 
     @property
     def parts(self) -> list[slice]:
-        """Return the rows of every problem side by side: here all, of a single one."""
-        return [slice(None)]
+        """Return the rows of every problem side by side."""
+        height = len(self.cross) // self.problems
+        return [slice(first, first + height) for first in range(0, len(self.cross), height)]
 
     @property
-    def blocks(self) -> "list[Self]":
-        return [self]
+    def problems(self) -> int:
+        """Return the number e of problems side by side, each of as many rows."""
+        return self._cache.problems
 
     def totals(self, rows: Tensor) -> list[float]:
-        """Return the sum over the `rows` [m]: a single number."""
-        return [float(rows.sum())]
+        """Return the sum over the `rows` [e m] by problem."""
+        return [float(rows.sum())] if self.problems == 1 else self.by_block(rows).sum(1).tolist()
 
     def by_block(self, rows: Tensor) -> Tensor:
-        """View `rows` [m ...] as a single block [1 m ...]."""
-        return rows[None]
+        """Split `rows` [e m, ...] by problem: [e m ...]."""
+        return rows.unflatten(0, (self.problems, -1))
 
     def for_rows(self, values: Tensor) -> Tensor:
-        """Expand `values` [1 ...] of the whole weight to every row: [m ...]."""
-        return values.expand(len(self.cross), *values.shape[1:])
+        """Repeat `values` [e ...] by problem for every row: [e m, ...]."""
+        height = len(self.cross) // len(values)
+        return values[:, None].expand(len(values), height, *values.shape[1:]).flatten(0, 1)
 
     @property
     def norm(self) -> Tensor:

@@ -97,12 +97,12 @@ def ridged(gram: Tensor, damping: float) -> Tensor:
 def largest_eigenvalue(gram: Tensor) -> float:
     """Return an upper estimate of the largest eigenvalue, by the power method with a margin of 1 %."""
     generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
-    vectors = torch.randn(STARTS, len(gram), generator=generator).to(gram)
-    unit = power_of_two(gram.diagonal().amax())  # or the squares of a norm overflow
+    vectors = torch.randn(STARTS, gram.shape[-1], generator=generator).to(gram)
+    unit = power_of_two(gram.diagonal(dim1=-2, dim2=-1).amax())  # or the squares of a norm overflow
     for _ in range(ITERATIONS):  # on rows: thin columns are slow on a CPU
-        norms = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+        norms = vectors.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
         vectors = (vectors / norms @ gram) / unit
-    return MARGIN * float(vectors.norm(dim=1).max()) * float(unit)
+    return MARGIN * float(vectors.norm(dim=-1).max()) * float(unit)
 
 
 def power_of_two(size: Tensor) -> Tensor:

@@ -1,15 +1,19 @@
 """Solvers by name. To add a solver: a file here, a line in `_PLACES`, a line in tests/property/test_solvers.py."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from math import inf
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from convexprune._progress import begin
 from convexprune._setting_types import make
 from convexprune.core import Problem
 from convexprune.core._arrays import TENSORS, Array
+from convexprune.core._side_by_side import joined
 from convexprune.errors import DependencyError, ProblemError, RecipeError, install_hint, unknown
 from convexprune.solvers._base import AbstractSolver, Solution, Status, run
 
@@ -23,6 +27,8 @@ _PLACES = {
     "sklearn": ("_sklearn", "ScikitLearn"),
     "working-set": ("_working_set", "WorkingSet"),
 }
+
+AT_ONCE = 2**31  # rows times inputs^2 of a path that are solved together
 
 
 def solver_names() -> list[str]:
@@ -78,19 +84,63 @@ def solve(
     """
     made = make_solver(solver, **settings) if isinstance(solver, str) else solver
     solution = run(made, problem, None if start is None else problem.admit(start))
+    return _in_form(problem, solution, solver)
+
+
+def solve_all(
+    problems: Sequence[Problem],
+    solver: str | AbstractSolver = "auto",
+    starts: Sequence[Array | None] | None = None,
+    **settings: Any,
+) -> list[Solution]:
+    """Solve many problems in one call. Each has a certificate, and meets the tolerance for itself.
+
+    Problems of equal shape with penalties of one kind, sums over entries, are solved together: as rows if they share
+    the tensor of a Gram matrix, and with Gram matrices of their own by `fista`, `admm` and `cg`, and on a GPU. Others
+    are solved one after another.
+
+    Args:
+        problems: min q + p of each.
+        solver: see `solve`.
+        starts: where to begin [m n] for each problem, or None.
+        settings: of the solver, see `solve`.
+
+    Returns:
+        The solutions, in the order of the problems.
+    """
+    made = make_solver(solver, **settings) if isinstance(solver, str) else solver
+    given, groups, found = starts or [None] * len(problems), dict[Any, list[int]](), dict[int, Solution]()
+    for i, problem in enumerate(problems):
+        groups.setdefault(made.batch_key(problem), []).append(i)
+    for key, numbers in groups.items():
+        group, begin_at = [problems[i] for i in numbers], [given[i] for i in numbers]
+        whole = joined(group) if key is not None and len(group) > 1 else None
+        if whole is None:
+            each = [solve(problem, made, start) for problem, start in zip(group, begin_at, strict=True)]
+        else:
+            known = all(start is not None for start in begin_at)
+            rows = [p.admit(s) for p, s in zip(group, begin_at, strict=True) if s is not None]
+            each = made.solve(whole, torch.cat(rows) if known else None).each
+        found |= {i: _in_form(problems[i], part, solver) for i, part in zip(numbers, each, strict=True)}
+    return [found[i] for i in range(len(problems))]
+
+
+def _in_form(problem: Problem, solution: Solution, solver: str | AbstractSolver) -> Solution:
+    """Return the solution with arrays as those in which the problem was stated, and the solver's name."""
     data = problem.quadratic.data or TENSORS
-    return replace(
-        solution,
-        weight=data.weight(solution.weight),
-        intercept=data.intercept(solution.weight),
-        solver=solution.solver or (solver if isinstance(solver, str) else type(solver).__name__),
-    )
+    weight = solution.weight
+    name = solution.solver or (solver if isinstance(solver, str) else type(solver).__name__)
+    if isinstance(weight, Tensor):
+        solution = replace(solution, weight=data.weight(weight), intercept=data.intercept(weight))
+    return replace(solution, solver=name)
 
 
 def path(
     problem: Problem, strengths: Iterable[float], solver: str | AbstractSolver = "auto", **settings: Any
 ) -> list[Solution]:
-    """Solve a problem at many strengths of its penalty, from the largest on, each from the answer before.
+    """Solve a problem at many strengths of its penalty, from the largest on, each from an answer before.
+
+    Strengths of a penalty by entry are solved together, as many as a few seconds of work: see `solve_all`.
 
     Args:
         problem: min q + p. Strengths are those of `L1(1.0)`, for example.
@@ -107,13 +157,17 @@ def path(
     factors = [float(strength) for strength in strengths]
     if wrong := [factor for factor in factors if not 0 < factor < inf]:
         raise ProblemError(f"Strengths of a path: {wrong} among them. Accepted: positive, finite numbers.")
-    found: dict[float, Solution] = {}
-    start, done = None, begin("path", len(factors))
-    for factor in sorted(set(factors), reverse=True):
-        found[factor] = solve(Problem(problem.quadratic, problem.penalty.times(factor)), solver, start, **settings)
-        start = found[factor].weight
-        done(f"strength {factor:.3g}")
+    made = make_solver(solver, **settings) if isinstance(solver, str) else solver
+    posed = {factor: Problem(problem.quadratic, problem.penalty.times(factor)) for factor in factors}
+    ordered, found, done = sorted(posed, reverse=True), dict[float, Solution](), begin("path", len(posed))
+    together = max(1, AT_ONCE // (problem.shape[0] * problem.shape[1] ** 2)) if made.batch_key(problem) else 1
+    for first in range(0, len(ordered), together):
+        part = ordered[first : first + together]
+        starts = [found[ordered[first - 1]].weight] * len(part) if first else None
+        for factor, solution in zip(part, solve_all([posed[f] for f in part], made, starts), strict=True):
+            found[factor] = solution
+            done(f"strength {factor:.3g}")
     return [found[factor] for factor in factors]
 
 
-__all__ = ["AbstractSolver", "Solution", "Status", "make_solver", "path", "solve", "solver_names"]
+__all__ = ["AbstractSolver", "Solution", "Status", "make_solver", "path", "solve", "solve_all", "solver_names"]

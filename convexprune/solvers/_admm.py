@@ -11,6 +11,7 @@ from convexprune.core import Problem
 from convexprune.errors import ProblemError
 from convexprune.solvers._base import Status
 from convexprune.solvers._iterative import AbstractIterative
+from convexprune.solvers._shrink import Shrink
 
 REBALANCE = 4.0  # rho changes by more than this factor or not at all: a change costs a Cholesky factorisation
 RHO_RANGE = (1e-4, 1e2)  # with a unit diagonal; below, H + rho I is not safely positive definite in float32
@@ -46,9 +47,9 @@ class ADMM(AbstractIterative):
     relaxation: Positive = 1.6
 
     def _iterate(
-        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None, shrink: Shrink | None = None
     ) -> tuple[Tensor, Status, int, int]:
-        q, rho = problem.quadratic, self.rho
+        q, rho = problem.quadratic, (shrink and shrink.rho) or self.rho
         anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
         try:
             inverse = q.shifted_inverse(rho)
@@ -65,7 +66,9 @@ class ADMM(AbstractIterative):
             products += 1
             if iteration % self.check_every == 0:
                 products += 1
-                status = self._status(problem, weight, iteration)
+                status = self._status(problem, weight, iteration, shrink)
+                if shrink is not None:
+                    shrink.rho = rho
                 if status is not None:
                     return weight, status, iteration, products
                 balanced = _balanced(rho, exact, weight, before, dual)

@@ -11,7 +11,7 @@ from convexprune._setting_types import Count, NotNegative
 from convexprune.core import AbstractPenalty, Problem, Support
 from convexprune.errors import UnsupportedError
 from convexprune.solvers._admm import ADMM
-from convexprune.solvers._base import AbstractSolver, Solution, Status
+from convexprune.solvers._base import AbstractSolver, Solution, Status, batch_key
 from convexprune.solvers._cg import ConjugateGradient
 from convexprune.solvers._fista import FISTA
 from convexprune.solvers._working_set import WorkingSet
@@ -39,6 +39,9 @@ class Auto(AbstractSolver):
         """Every penalty has a solver."""
         return (AbstractPenalty,)
 
+    def batch_key(self, problem: Problem) -> object:
+        return batch_key(problem, one_gram=is_host(problem.quadratic.cross.device))
+
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
         penalty, limits = problem.penalty, (self.tolerance, self.max_iterations)
@@ -46,7 +49,7 @@ class Auto(AbstractSolver):
             return _because(ConjugateGradient(*limits), "cg: the support is fixed", problem, start)
         if not penalty.is_convex:
             return _because(FISTA(*limits), "fista: every step goes down", problem, start)
-        if isinstance(penalty, WorkingSet().penalties):
+        if isinstance(penalty, WorkingSet().penalties) and problem.quadratic.gram.ndim == 2:
             first = self._sparse(problem, start)
             if first.status not in (Status.ITERATION_LIMIT, Status.UNCONFIRMED):
                 return first
@@ -67,4 +70,5 @@ class Auto(AbstractSolver):
 
 
 def _because(solver: AbstractSolver, reason: str, problem: Problem, start: Tensor | None) -> Solution:
-    return replace(solver.solve(problem, start), solver=reason)
+    solution = solver.solve(problem, start)
+    return replace(solution, solver=reason, parts=tuple(replace(part, solver=reason) for part in solution.parts))

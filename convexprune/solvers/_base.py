@@ -1,5 +1,6 @@
 """The interface of every solver: a convex problem in, a certified solution out."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from convexprune._setting_types import check_settings
 from convexprune.core import AbstractPenalty, Certificate, Problem, certify
+from convexprune.core._abstract_penalty import Elementwise
 from convexprune.core._arrays import Shown
+from convexprune.core._problem import certify_each
 from convexprune.errors import ProblemError, UnsupportedError
 
 TOLERANCE = 1e-4
@@ -190,6 +193,10 @@ class AbstractSolver(ABC):
             ProblemError: `start` is not shaped like the problem.
         """
 
+    def batch_key(self, problem: Problem) -> object:
+        """Return a key that is equal for problems which the solver can solve together; None of a single problem."""
+        return None
+
     def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
         """Go some way towards the minimum; the next problem is posed from the answer.
 
@@ -229,6 +236,20 @@ def run(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, c
     return replace(solution, status=status, certificate=certificate)
 
 
+def certified(
+    problem: Problem, weight: Tensor, said: Status, tolerance: float, made: tuple[int, int], began: float,
+    precise: bool = True, residual: Tensor | None = None,
+) -> Solution:  # fmt: skip
+    """Return the solution with a certificate for each problem side by side, after `made` iterations and products."""
+    certificates = certify_each(problem, weight, precise, residual)
+    seconds = (time.perf_counter() - began) / len(certificates)
+    parts = [
+        Solution(part, Status.of(said, certificate, tolerance), certificate, *made, seconds)
+        for part, certificate in zip(weight.chunk(len(certificates)), certificates, strict=True)
+    ]
+    return Solution.together(parts, weight, residual)
+
+
 def promised_gap(solver: AbstractSolver) -> float:
     """Return the relative gap at which a solver says that it is done."""
     return getattr(solver, "tolerance", TOLERANCE)
@@ -236,6 +257,13 @@ def promised_gap(solver: AbstractSolver) -> float:
 
 def _is_ours(solver: AbstractSolver) -> bool:
     return type(solver).__module__.startswith(f"{__package__}.")
+
+
+def batch_key(problem: Problem, one_gram: bool) -> object:
+    """Return the key of problems that `joined` can join."""
+    q, penalty = problem.quadratic, problem.penalty
+    gram = id(q.gram) if one_gram else None
+    return (gram, q.shape, q.cross.dtype, q.cross.device, type(penalty)) if isinstance(penalty, Elementwise) else None
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:

@@ -10,6 +10,7 @@ from convexprune._device.precision import add_product
 from convexprune.core import Problem
 from convexprune.solvers._base import Status
 from convexprune.solvers._iterative import AbstractIterative
+from convexprune.solvers._shrink import Shrink
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class FISTA(AbstractIterative):
     restart: bool = True
 
     def _iterate(
-        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None, shrink: Shrink | None = None
     ) -> tuple[Tensor, Status, int, int]:
         """The first step from `weight`, and the loop: (weight, status, iterations, products)."""
         q = problem.quadratic
@@ -42,9 +43,11 @@ class FISTA(AbstractIterative):
         new = problem.penalty.forward_backward(weight, residual, 1 / lipschitz)
         if self.max_iterations == 1 < self.check_every:
             return new, Status.ITERATION_LIMIT, 1, products
-        return self._accelerate(problem, weight - anchor, new.sub_(anchor), products)
+        return self._accelerate(problem, weight - anchor, new.sub_(anchor), products, shrink)
 
-    def _accelerate(self, problem: Problem, old: Tensor, new: Tensor, products: int) -> tuple[Tensor, Status, int, int]:
+    def _accelerate(
+        self, problem: Problem, old: Tensor, new: Tensor, products: int, shrink: Shrink | None = None
+    ) -> tuple[Tensor, Status, int, int]:
         """Iterate from the first step `old` -> `new`, both less the anchor: a product an iteration, in place."""
         q = problem.quadratic
         lipschitz = q.lipschitz
@@ -60,7 +63,7 @@ class FISTA(AbstractIterative):
                 products += 1
             if iteration % self.check_every == 0:
                 products += 1
-                status = self._status(problem, new + anchor, iteration)
+                status = self._status(problem, new + anchor, iteration, shrink)
                 if status is not None:
                     return new + anchor, status, iteration, products
             if iteration == self.max_iterations:
@@ -92,5 +95,5 @@ def _extrapolate(
 
 def _gradient_step(gram: Tensor, lipschitz: float) -> Tensor:
     """I - H / L [n n]."""
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return identity.sub_(gram, alpha=1 / lipschitz)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return identity.sub(gram, alpha=1 / lipschitz)

@@ -2,8 +2,8 @@
 
 import time
 from abc import abstractmethod
-from dataclasses import dataclass
-from math import inf
+from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -11,8 +11,20 @@ from torch import Tensor
 from convexprune._device.precision import solving_in
 from convexprune._setting_types import Count, NotNegative
 from convexprune.core import AbstractPenalty, ElasticNet, Problem
-from convexprune.core._problem import certify_each, proximal_steps, row_gaps
-from convexprune.solvers._base import AbstractSolver, Solution, Status, StepResult, initial, require_penalty
+from convexprune.core._problem import proximal_steps, row_gaps
+from convexprune.solvers._base import (
+    AbstractSolver,
+    Solution,
+    Status,
+    StepResult,
+    batch_key,
+    certified,
+    initial,
+    require_penalty,
+)
+from convexprune.solvers._shrink import Shrink, can_shrink
+
+FINER = 0.1  # of the tolerance, where columns are left out
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,14 @@ class AbstractIterative(AbstractSolver):
         """Every penalty has a prox."""
         return (AbstractPenalty,)
 
+    def batch_key(self, problem: Problem) -> object:
+        return batch_key(problem, one_gram=False)
+
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
         require_penalty(self, type(problem.penalty))
-        return self._solved(problem, initial(problem, start), tested=start is not None)
+        return self._solved(problem, initial(problem, start), tested=start is not None, leaving=True)
 
     @torch.no_grad()
     def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
@@ -59,35 +74,39 @@ class AbstractIterative(AbstractSolver):
         return StepResult(weight, problem.quadratic.residual_after(residual, start, weight), products + 1)
 
     def _solved(
-        self, problem: Problem, start: Tensor, residual: Tensor | None = None, tested: bool = False
+        self,
+        problem: Problem,
+        start: Tensor,
+        residual: Tensor | None = None,
+        tested: bool = False,
+        leaving: bool = False,
     ) -> Solution:
         """Return the solution; the `residual` at the start may be inexact: it steers the way, not the certificate."""
         began = time.perf_counter()
-        weight, status, iterations, products = self._from(problem, start, residual, tested)
+        weight, status, iterations, products = self._from(problem, start, residual, tested, leaving)
         with solving_in("float32"):
             residual = None if self.precise else problem.quadratic.residual(weight)
-            certificates = certify_each(problem, weight, self.precise, residual)
-        seconds = (time.perf_counter() - began) / len(certificates)
-        each = [
-            Solution(
-                part, Status.of(status, certificate, self.tolerance), certificate, iterations, products + 1, seconds
-            )
-            for part, certificate in zip(weight.chunk(len(certificates)), certificates, strict=True)
-        ]
-        return Solution.together(each, weight, residual)
+            made = iterations, products + 1
+            return certified(problem, weight, status, self.tolerance, made, began, self.precise, residual)
 
     def _from(
-        self, problem: Problem, weight: Tensor, residual: Tensor | None = None, tested: bool = False
+        self,
+        problem: Problem,
+        weight: Tensor,
+        residual: Tensor | None = None,
+        tested: bool = False,
+        leaving: bool = False,
     ) -> tuple[Tensor, Status, int, int]:
         """The loop from `weight`, in the coordinates that are asked for; a `tested` weight may be good enough."""
+        iterate = self._shrinking if leaving and can_shrink(problem) else self._iterate
         if not self.scale:
-            return self._iterate(problem, weight, residual)
+            return iterate(problem, weight, residual)
         scale = problem.penalty.units(problem.quadratic.scale())
         inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
         residual = None if residual is None else residual / scale
         if tested and self._status(inner, weight * scale, 0) is Status.SOLVED:
             return weight, Status.SOLVED, 0, 1
-        weight, status, iterations, products = self._iterate(inner, weight * scale, residual)
+        weight, status, iterations, products = iterate(inner, weight * scale, residual)
         weight = weight / scale
         if isinstance(problem.penalty, ElasticNet):
             weight = problem.penalty.prox(weight, 0.0)  # the units have rounded the bounds
@@ -95,27 +114,67 @@ class AbstractIterative(AbstractSolver):
 
     @abstractmethod
     def _iterate(
-        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None, shrink: Shrink | None = None
     ) -> tuple[Tensor, Status, int, int]:
-        """Run the loop: (weight, status, iterations, products); `residual` belongs to the first `weight`."""
+        """Run the loop: (weight, status, iterations, products); `residual` belongs to the first `weight`.
 
-    def _status(self, problem: Problem, weight: Tensor, iteration: int) -> Status | None:
+        The loop ends early where a part of the problem is left over that is worth a loop: see `shrink`.
+        """
+
+    def _shrinking(self, problem: Problem, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Status, int, int]:
+        """Iterate; rows that are done, and columns that are zero in all other rows, take no part from then on.
+
+        Without columns the gap is smaller than that of the whole problem, so a part gets a smaller tolerance; the next
+        part is chosen by the whole.
+        """
+        left, shrink, iterations, products = self, Shrink(problem), 0, 0
+        while True:
+            left = replace(left, max_iterations=self.max_iterations - iterations)
+            found, status, made, more = left._iterate(shrink.problem, shrink.part(weight), residual, shrink)
+            iterations, products, residual = iterations + made, products + more, None
+            weight = shrink.inserted(weight, found)
+            if iterations >= self.max_iterations:
+                return weight, status, iterations, products
+            if not shrink.is_due:
+                if shrink.problem is problem or status is not Status.SOLVED:
+                    return weight, status, iterations, products
+                shrink, products = Shrink(problem, shrink.rho), products + 1
+                status = self._status(problem, weight, 0, shrink)
+                if status is Status.SOLVED:
+                    return weight, status, iterations, products
+            if shrink.is_due and shrink.narrow():
+                left = replace(left, tolerance=FINER * left.tolerance)
+
+    def _status(self, problem: Problem, weight: Tensor, iteration: int, shrink: Shrink | None = None) -> Status | None:
         """Return the status at `weight`, or None to go on. Takes a product."""
         with solving_in("float32"):
             residual = problem.quadratic.residual(weight)
         values = problem.quadratic.values(weight, residual)
         slack = problem.penalty.values(weight)
-        primal = float((values + slack).sum())
-        if primal != primal or primal == inf:
+        primal = problem.quadratic.totals(values + slack)
+        if not all(isfinite(total) for total in primal):
             return Status.NON_FINITE
         if not problem.penalty.is_convex:
             step = float(proximal_steps(problem, weight, residual, torch.ones_like(weight[0])).max())
             return Status.STATIONARY if step <= self.tolerance * problem.quadratic.target_energy**0.5 else None
-        enough, at = self.tolerance * primal, (problem, weight, residual, values, slack)
-        gap = float(row_gaps(*at).sum())
-        if gap > enough and not problem.quadratic.is_well_conditioned and self._is_due(iteration, problem.shape[1]):
-            gap = float(row_gaps(*at, dear=True).sum())
-        return Status.SOLVED if gap <= enough else None
+        at = problem, weight, residual, values, slack
+        gaps = row_gaps(*at)
+        done = self._are_enough(problem, gaps, primal)
+        if not done and not problem.quadratic.is_well_conditioned and self._is_due(iteration, problem.shape[1]):
+            gaps = row_gaps(*at, dear=True)
+            done = self._are_enough(problem, gaps, primal)
+        if (
+            not done
+            and shrink is not None
+            and shrink.finds(weight, residual, values, slack, gaps > self.tolerance * (values + slack))
+        ):
+            return Status.ITERATION_LIMIT
+        return Status.SOLVED if done else None
+
+    def _are_enough(self, problem: Problem, gaps: Tensor, primal: list[float]) -> bool:
+        """Return True if the gaps [m] of all problems side by side are small enough for their objectives."""
+        each = zip(problem.quadratic.totals(gaps), primal, strict=True)
+        return all(gap <= self.tolerance * total for gap, total in each)
 
     def _is_due(self, iteration: int, inputs: int) -> bool:
         """Return True if a gap with a factor per row is due: so seldom that the cost is at most the rest's."""

@@ -14,9 +14,9 @@ from sklearn.linear_model import enet_path
 from torch import Tensor
 
 from convexprune._setting_types import Count, NotNegative, Positive
-from convexprune.core import L1, AbstractPenalty, ElasticNet, Problem, certify
+from convexprune.core import L1, AbstractPenalty, ElasticNet, Problem
 from convexprune.errors import UnsupportedError
-from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty
+from convexprune.solvers._base import AbstractSolver, Solution, Status, batch_key, certified, initial, require_penalty
 from convexprune.solvers._working_set import prices
 
 REFUSED = (
@@ -24,7 +24,7 @@ REFUSED = (
     "weights that are free or not negative. `working-set` takes all."
 )
 SAMPLE = 4  # rows
-FIRST, SMALLEST = 0.03, 1e-12  # shares of the tolerance, which scikit-learn has in units of the energy
+FIRST, LEAST = 0.01, 1e-14  # scikit-learn's tolerance is of weights; the gap falls with the square of their error
 
 
 @dataclass(frozen=True)
@@ -46,44 +46,47 @@ class ScikitLearn(AbstractSolver):
         """L1, and the elastic net, of positive and finite strengths; bounds are zero or none."""
         return (L1, ElasticNet)
 
+    def batch_key(self, problem: Problem) -> object:
+        return batch_key(problem, one_gram=True)
+
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`; without a start the weight is zero."""
         require_penalty(self, type(problem.penalty))
-        began = time.perf_counter()
-        q = problem.quadratic.double.at(None)
-        strengths, ridges, lower, upper = (each.cpu().numpy() for each in prices(problem.penalty, q.cross))
-        closed = ((lower == 0) | (lower == -inf)) & (lower == lower[:, :1]) & (upper == inf)
-        if not (closed & (strengths > 0) & (strengths < inf)).all():
-            raise UnsupportedError(REFUSED)
-        weight, most = np.zeros(problem.shape), 0
+        began, weight = time.perf_counter(), np.zeros(problem.shape)
+        rows = _rows(problem)
         if start is not None:
             weight[:] = problem.penalty.prox(initial(problem, start), 0.0).cpu().numpy()
-        gram, cross, energy = (tensor.cpu().contiguous().numpy() for tensor in (q.gram, q.cross, q.energy))
+        runs, most, near = _runs(rows), 0, FIRST * self.tolerance**0.5
+        while True:
+            made, limit = self._descend(rows, weight, runs, near)
+            most += made
+            found = problem.penalty.prox(torch.from_numpy(weight).to(problem.quadratic.cross), 0.0)
+            said = Status.ITERATION_LIMIT if limit else Status.SOLVED
+            solution = certified(problem, found, said, self.tolerance, (most, 0), began)
+            open_parts = [part.status is not Status.SOLVED for part in solution.each]
+            if limit or near < LEAST or not any(open_parts):
+                return solution
+            going, near = np.repeat(open_parts, len(weight) // len(open_parts)), near / 10
+            runs = [[i] for i in np.flatnonzero(going)]
+
+    def _descend(self, rows: "list[_Row]", weight: np.ndarray, runs: list[list[int]], near: float) -> tuple[int, bool]:
+        """Write answers into the weight; return the number of passes, and True if a limit was met."""
+        most, used, seen = 0, 0, 0
         with warnings.catch_warnings(), config_context(skip_parameter_validation=True):
             warnings.simplefilter("ignore", ConvergenceWarning)
-            for i in np.flatnonzero(energy > 0):
-                price, unit = strengths[i].max(), strengths[i] / strengths[i].max()
-                ridge = ridges[i] / unit**2
-                if np.ptp(ridge) > 1e-14 * ridge[0]:
-                    raise UnsupportedError(REFUSED)
-                row = gram if (unit == 1).all() else gram / np.outer(unit, unit)
-                row = _Row(row, cross[i] / unit, energy[i], price, ridge[0], lower[i, 0] == 0)
-                answer, passes = row.solved(weight[i] * unit, self.tolerance, self.max_iterations)
-                weight[i], most = answer / unit, max(most, passes)
-                many = np.count_nonzero(weight[: i + 1]) > (self.largest or inf) * max(i + 1, SAMPLE)
-                if many or (self.largest and most >= self.max_iterations):
-                    most = self.max_iterations
-                    break
-        found = problem.penalty.prox(torch.from_numpy(weight).to(problem.quadratic.cross), 0.0)
-        certificate = certify(problem, found)
-        said = Status.SOLVED if most < self.max_iterations else Status.ITERATION_LIMIT
-        status = Status.of(said, certificate, self.tolerance)
-        return Solution(found, status, certificate, most, 0, time.perf_counter() - began)
+            for run in runs:
+                prices = [rows[i].price for i in run]
+                weight[run], passes = rows[run[0]].solved(weight[run[0]], prices, near, self.max_iterations)
+                most, used, seen = max(most, passes), used + np.count_nonzero(weight[run]), seen + len(run)
+                many = seen < len(weight) and used > (self.largest or inf) * max(seen, SAMPLE)
+                if self.largest is not None and (many or passes >= self.max_iterations):
+                    return self.max_iterations, True
+        return most, most >= self.max_iterations
 
 
 class _Row(NamedTuple):
-    """1/2 v H v' - g v' + e/2 + price |v|_1 + ridge |v|^2 / 2 of a row v [n]."""
+    """1/2 v H v' - g v' + e/2 + price (|v|_1 + ridge |v|^2 / 2) of a row v [n], in the coordinates v * unit."""
 
     gram: np.ndarray
     cross: np.ndarray
@@ -91,25 +94,57 @@ class _Row(NamedTuple):
     price: float
     ridge: float
     positive: bool
+    unit: np.ndarray
 
-    def solved(self, start: np.ndarray, tolerance: float, passes: int) -> tuple[np.ndarray, int]:
-        """Return the answer and the number of passes; the start is the answer where rounding makes H indefinite."""
-        total = self.price + self.ridge
-        inputs, target = np.zeros((1, len(start)), order="F"), np.array([self.energy**0.5])
-        made, share = 0, FIRST
-        while made < passes:
-            _, path, gaps, numbers = enet_path(
-                inputs, target, l1_ratio=self.price / total, alphas=[total], precompute=self.gram, Xy=self.cross,
-                coef_init=start, positive=self.positive, tol=tolerance * share, max_iter=passes - made,
-                check_input=False, return_n_iter=True,
-            )  # fmt: skip
-            answer, made = path[:, 0], made + numbers[0]
-            residual = self.cross - self.gram @ answer
-            value = (self.energy - answer @ (self.cross + residual)) / 2
-            value += self.price * abs(answer).sum() + self.ridge * (answer @ answer) / 2
-            if not value < inf:
-                return start, passes
-            start, share = answer, share * min(0.1, value / self.energy)
-            if gaps[0] <= tolerance * value or share < SMALLEST:
-                break
-        return start, made
+    def precedes(self, other: "_Row") -> bool:
+        """Return True if the other row is this row at a smaller price."""
+        alike = self.gram is other.gram and self.ridge == other.ridge and self.positive == other.positive
+        return alike and other.price < self.price and np.array_equal(self.cross, other.cross)
+
+    def solved(self, start: np.ndarray, prices: list[float], near: float, passes: int) -> tuple[np.ndarray, int]:
+        """Return the answer at each of the falling prices [k n], and the most passes.
+
+        The start is the answer where rounding makes H indefinite.
+        """
+        if not self.energy > 0:
+            return np.zeros((len(prices), len(start))), 0
+        inputs, target, whole = np.zeros((1, len(start)), order="F"), np.array([self.energy**0.5]), 1 + self.ridge
+        _, path, _, made = enet_path(
+            inputs, target, l1_ratio=1 / whole, alphas=np.array(prices) * whole, precompute=self.gram, Xy=self.cross,
+            coef_init=start * self.unit, positive=self.positive, tol=near, max_iter=passes, check_input=False,
+            return_n_iter=True,
+        )  # fmt: skip
+        answers = path.T / self.unit
+        finite = np.isfinite(answers).all()
+        return (answers, max(made)) if finite else (np.tile(start, (len(prices), 1)), passes)
+
+
+def _runs(rows: list[_Row]) -> list[list[int]]:
+    """Return the numbers of rows in runs, each a path of falling prices."""
+    runs = [[0]]
+    for i in range(1, len(rows)):
+        if rows[i - 1].precedes(rows[i]):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _rows(problem: Problem) -> list[_Row]:
+    """Return the rows about zero, in float64."""
+    q = problem.quadratic.double.at(None)
+    strengths, ridges, lower, upper = (each.cpu().numpy() for each in prices(problem.penalty, q.cross))
+    known = ((lower == 0) | (lower == -inf)) & (lower == lower[:, :1]) & (upper == inf)
+    known &= (strengths > 0) & (strengths < inf)
+    if not known.all():
+        raise UnsupportedError(REFUSED)
+    gram, cross, energy = (tensor.cpu().contiguous().numpy() for tensor in (q.gram, q.cross, q.energy))
+    rows = []
+    for i, price in enumerate(strengths.max(1)):
+        unit = strengths[i] / price
+        ridge = ridges[i] / (unit**2 * price)
+        if np.ptp(ridge) > 1e-14 * ridge[0]:
+            raise UnsupportedError(REFUSED)
+        own = gram if (unit == 1).all() else gram / np.outer(unit, unit)
+        rows.append(_Row(own, cross[i] / unit, energy[i], price, ridge[0], lower[i, 0] == 0, unit))
+    return rows

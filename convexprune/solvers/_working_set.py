@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import Count, NotNegative, Positive
-from convexprune.core import L1, AbstractPenalty, ElasticNet, Problem, certify
-from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty
+from convexprune.core import L1, AbstractPenalty, ElasticNet, Problem
+from convexprune.solvers._base import AbstractSolver, Solution, Status, batch_key, certified, initial, require_penalty
 
 FALL = 3.0  # of the strengths from a round to the next
 FIRST = 8  # inputs that may enter an empty working set
@@ -51,6 +51,9 @@ class WorkingSet(AbstractSolver):
         """L1, and what adds a parabola or bounds by entry."""
         return (L1, ElasticNet)
 
+    def batch_key(self, problem: Problem) -> object:
+        return batch_key(problem, one_gram=True)
+
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`; without a start the weight is zero."""
@@ -65,10 +68,7 @@ class WorkingSet(AbstractSolver):
             rows = Rows.of(problem, weight)
             status, rounds, products = self._rounds(rows, quadratic.gram, weight)
         weight = problem.penalty.prox((weight / unit).to(problem.quadratic.cross), 0.0)
-        certificate = certify(problem, weight)
-        status = Status.of(status, certificate, self.tolerance)
-        seconds = time.perf_counter() - began
-        return Solution(weight, status, certificate, rounds, products, seconds)
+        return certified(problem, weight, status, self.tolerance, (rounds, products), began)
 
     def _rounds(self, rows: "Rows", gram: Tensor, weight: Tensor) -> tuple[Status, int, int]:
         """Write the rows' answers into `weight` [m n], and return status, rounds and products."""
