@@ -194,7 +194,14 @@ class AbstractSolver(ABC):
         """
 
     def batch_key(self, problem: Problem) -> object:
-        """Return a key that is equal for problems which the solver can solve together; None of a single problem."""
+        """Return a key of problems that the solver can solve together, as rows of one problem.
+
+        Args:
+            problem: min q + p.
+
+        Returns:
+            The key, equal for all of them; None if the problem is solved alone.
+        """
         return None
 
     def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
