@@ -17,7 +17,10 @@ DTYPES = (torch.float32, torch.float64)
 def as_tensor(name: str, value: object) -> Tensor:
     """Return a tensor as it is; an array, a data frame or nested lists of numbers as a tensor."""
     try:
-        return torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))
+        if isinstance(value, Tensor):
+            return value
+        array = np.asarray(value)
+        return torch.as_tensor(array if array.flags.writeable else array.copy())  # pandas lends its own
     except (TypeError, ValueError, RuntimeError) as cause:
         raise ProblemError(
             f"`{name}` is a {type(value).__name__}; needed is a tensor or an array of numbers."

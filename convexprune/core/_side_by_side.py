@@ -40,7 +40,7 @@ class SideBySide(Quadratic):
         return len(self.gram)
 
     @cached_property
-    def blocks(self) -> list[Quadratic]:
+    def blocks(self) -> list[Quadratic]:  # pyright: ignore[reportIncompatibleMethodOverride]
         inner, stiffness = self._cache.envelope_of or (None, 0.0)
         blocks = []
         for i, rows in enumerate(self.parts):

@@ -82,8 +82,8 @@ def solve(
         RecipeError: there is no such solver, or it has no such setting.
         UnsupportedError: the solver does not take the penalty.
     """
-    made = make_solver(solver, **settings) if isinstance(solver, str) else solver
-    solution = run(made, problem, None if start is None else problem.admit(start))
+    made = _made(solver, settings, problem)
+    solution = run(made, problem, None if start is None else _admitted(problem, start))
     return _in_form(problem, solution, solver)
 
 
@@ -108,8 +108,11 @@ def solve_all(
     Returns:
         The solutions, in the order of the problems.
     """
-    made = make_solver(solver, **settings) if isinstance(solver, str) else solver
-    given, groups, found = starts or [None] * len(problems), dict[Any, list[int]](), dict[int, Solution]()
+    problems = list(problems) if isinstance(problems, Iterable) else [problems]
+    made, given = _made(solver, settings, *problems), starts or [None] * len(problems)
+    if len(given) != len(problems):
+        raise ProblemError(f"{len(given)} starts for {len(problems)} problems; give one for each, or None.")
+    groups, found = dict[Any, list[int]](), dict[int, Solution]()
     for i, problem in enumerate(problems):
         groups.setdefault(made.batch_key(problem), []).append(i)
     for key, numbers in groups.items():
@@ -119,10 +122,31 @@ def solve_all(
             each = [solve(problem, made, start) for problem, start in zip(group, begin_at, strict=True)]
         else:
             known = all(start is not None for start in begin_at)
-            rows = [p.admit(s) for p, s in zip(group, begin_at, strict=True) if s is not None]
+            rows = [_admitted(p, s) for p, s in zip(group, begin_at, strict=True) if s is not None]
             each = made.solve(whole, torch.cat(rows) if known else None).each
         found |= {i: _in_form(problems[i], part, solver) for i, part in zip(numbers, each, strict=True)}
     return [found[i] for i in range(len(problems))]
+
+
+def _made(solver: str | AbstractSolver, settings: dict[str, Any], *problems: Problem) -> AbstractSolver:
+    """Return the solver, if it and the problems are what they have to be."""
+    if wrong := [type(each).__name__ for each in problems if not isinstance(each, Problem)]:
+        raise ProblemError(
+            f"A {wrong[0]} came for a problem. `solve` takes Problem(quadratic, penalty), `solve_all` many."
+        )
+    if isinstance(solver, str):
+        return make_solver(solver, **settings)
+    if not isinstance(solver, AbstractSolver):
+        raise RecipeError(f"The solver is a {type(solver).__name__}. Accepted: {', '.join(_PLACES)}, or a solver.")
+    if settings:
+        raise RecipeError(f"Settings {sorted(settings)} are for a solver by name; {solver} has its own.")
+    return solver
+
+
+def _admitted(problem: Problem, start: Array) -> Tensor:
+    if not bool((weight := problem.admit(start)).isfinite().all()):
+        raise ProblemError("`start` holds a value that is NaN or infinite.")
+    return weight
 
 
 def _in_form(problem: Problem, solution: Solution, solver: str | AbstractSolver) -> Solution:
@@ -154,10 +178,13 @@ def path(
     Raises:
         ProblemError: a strength is not positive.
     """
-    factors = [float(strength) for strength in strengths]
+    try:
+        factors = [float(strength) for strength in strengths]
+    except (TypeError, ValueError) as cause:
+        raise ProblemError(f"Strengths of a path: {strengths!r}. Accepted: a list of positive numbers.") from cause
     if wrong := [factor for factor in factors if not 0 < factor < inf]:
         raise ProblemError(f"Strengths of a path: {wrong} among them. Accepted: positive, finite numbers.")
-    made = make_solver(solver, **settings) if isinstance(solver, str) else solver
+    made = _made(solver, settings, problem)
     posed = {factor: Problem(problem.quadratic, problem.penalty.times(factor)) for factor in factors}
     ordered, found, done = sorted(posed, reverse=True), dict[float, Solution](), begin("path", len(posed))
     together = max(1, AT_ONCE // (problem.shape[0] * problem.shape[1] ** 2)) if made.batch_key(problem) else 1

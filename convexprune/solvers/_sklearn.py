@@ -68,7 +68,7 @@ class ScikitLearn(AbstractSolver):
             if limit or near < LEAST or not any(open_parts):
                 return solution
             going, near = np.repeat(open_parts, len(weight) // len(open_parts)), near / 10
-            runs = [[i] for i in np.flatnonzero(going)]
+            runs = [[i] for i in np.flatnonzero(going).tolist()]
 
     def _descend(self, rows: "list[_Row]", weight: np.ndarray, runs: list[list[int]], near: float) -> tuple[int, bool]:
         """Write answers into the weight; return the number of passes, and True if a limit was met."""
