@@ -66,7 +66,7 @@ __all__ = [
 ]  # fmt: skip
 
 _ROOMS = (
-    "_progress", "constraints", "core", "solvers", "solvers._from_cvxpy", "report", "recipe", "_container",
+    "_progress", "constraints", "core", "solvers", "report", "recipe", "_container",
     "adapters._loading.packed", "adapters._training", "adapters._inspection.inspection", "validation", "_api.exporting",
     "_api.calls",
 )  # fmt: skip
@@ -78,6 +78,8 @@ def __getattr__(name: str) -> Any:
         return version("convexprune")
     if name in ("errors", "problems", "pruners", "solvers"):
         return import_module(f"convexprune.{name}")
+    if name in ("from_cvxpy", "to_cvxpy"):  # an extra
+        return getattr(import_module("convexprune.solvers._from_cvxpy"), name)
     if name in __all__:
         rooms = (import_module(f"convexprune.{room}") for room in _ROOMS)
         return next(getattr(room, name) for room in rooms if hasattr(room, name))

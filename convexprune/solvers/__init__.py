@@ -131,9 +131,8 @@ def solve_all(
 def _made(solver: str | AbstractSolver, settings: dict[str, Any], *problems: Problem) -> AbstractSolver:
     """Return the solver, if it and the problems are what they have to be."""
     if wrong := [type(each).__name__ for each in problems if not isinstance(each, Problem)]:
-        raise ProblemError(
-            f"A {wrong[0]} came for a problem. `solve` takes Problem(quadratic, penalty), `solve_all` many."
-        )
+        accepted = "Problem(quadratic, penalty); `solve_all` takes a list of them"
+        raise ProblemError(f"A problem of type {wrong[0]}. Accepted: {accepted}.")
     if isinstance(solver, str):
         return make_solver(solver, **settings)
     if not isinstance(solver, AbstractSolver):

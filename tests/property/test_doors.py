@@ -124,6 +124,8 @@ sys.modules.update(dict.fromkeys(("transformers", "cvxpy", "sklearn", "huggingfa
 import numpy, convexprune as c
 x = numpy.random.default_rng(0).normal(size=(40, 5))
 print(c.solve(c.Problem(c.Quadratic.least_squares(x, x[:, 0]), c.L1(0.1))))
+sys.modules.pop("transformers"), sys.modules.pop("huggingface_hub"), sys.modules.pop("safetensors")
+print(c.Report, c.prune)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "solved." in done.stdout and "80.0% of [5]" in done.stdout
@@ -166,9 +168,9 @@ def changed(value: float):
     "text strength": (lambda: L1("0.1"), "is a str"),  # pyright: ignore[reportArgumentType]
     "group": (lambda: GroupLasso(-1.0), "not negative"),
     "another width": (lambda: Problem(POSED.quadratic, L1(np.ones(4))), "does not broadcast"),  # pyright: ignore[reportArgumentType]
-    "a list": (lambda: solve([POSED]), "A list came for a problem"),
-    "a quadratic": (lambda: solve(POSED.quadratic), "A Quadratic came"),
-    "numbers": (lambda: solve_all([1, 2]), "A int came"),
+    "a list": (lambda: solve([POSED]), "A problem of type list"),
+    "a quadratic": (lambda: solve(POSED.quadratic), "of type Quadratic"),
+    "numbers": (lambda: solve_all([1, 2]), "of type int"),
     "starts": (lambda: solve_all([POSED], starts=[None, None]), "2 starts for 1 problems"),
     "a start of nan": (lambda: solve(POSED, start=np.full(6, np.nan)), "`start` holds"),
     "a long start": (lambda: solve(POSED, start=np.zeros(7)), r"\[1, 7\]; this problem needs \[1, 6\]"),
