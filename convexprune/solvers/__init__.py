@@ -107,6 +107,9 @@ def solve_all(
 
     Returns:
         The solutions, in the order of the problems.
+
+    Raises:
+        ProblemError: a problem or a start has another type or number.
     """
     problems = list(problems) if isinstance(problems, Iterable) else [problems]
     made, given = _made(solver, settings, *problems), starts or [None] * len(problems)
