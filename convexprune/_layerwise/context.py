@@ -7,15 +7,7 @@ from itertools import chain
 
 from torch import Tensor
 
-from convexprune._layerwise.capture import (
-    CachedSubmodule,
-    Calls,
-    ErrorTarget,
-    Observed,
-    Recorded,
-    observe,
-    through,
-)
+from convexprune._layerwise.capture import CachedSubmodule, Calls, ErrorTarget, Observed, Recorded, observe, through
 from convexprune._layerwise.model import AbstractModel, AbstractOperator, DecoderLayer, Group
 from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune._layerwise.settings import Stream

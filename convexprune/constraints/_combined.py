@@ -136,10 +136,10 @@ class Stacked(Constraint):
 
     def _runs(self, scores: Tensor) -> Iterator[tuple[Constraint, Tensor]]:
         """Yield runs of equal neighbouring operators: a constraint, and the scores [k m n] of k operators."""
-        runs = [(kind, height, len(list(alike))) for (kind, height), alike in groupby(self._pairs())]
-        parts = scores.split([height * count for _, height, count in runs])
-        for (kind, height, count), part in zip(runs, parts, strict=True):
-            yield kind, part.unflatten(0, (count, height))
+        first = 0
+        for (kind, height), alike in groupby(self._pairs()):
+            count = len(list(alike))
+            yield kind, scores[first : (first := first + count * height)].unflatten(0, (count, height))
 
     def _pairs(self) -> Iterator[tuple[Constraint, int]]:
         return zip(self.constraints, self.heights, strict=True)

@@ -80,9 +80,8 @@ class Block(Codebook):
     def pack(self, codes: Tensor, scales: Scales) -> Tensor:
         """Return the bytes [m n/block * size] of a weight, row by row."""
         blocks = self._places(codes.cpu()).to(torch.uint8).reshape(-1, self.block)
-        return torch.cat([part.contiguous() for part in self._fields(blocks, scales.map(Tensor.cpu))], dim=1).reshape(
-            len(codes), -1
-        )
+        parts = self._fields(blocks, scales.map(Tensor.cpu))
+        return torch.cat([part.contiguous() for part in parts], dim=1).reshape(len(codes), -1)
 
     def _places(self, codes: Tensor) -> Tensor:
         return torch.bucketize(codes, torch.tensor(self.values, dtype=codes.dtype))
@@ -190,13 +189,8 @@ class IQ4_XS(Super):
     multiples = (-32, 31)
 
     def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
-        multiples = self._multiples(scales.step, scales.units[0])
-        return [
-            halves(scales.units[0]),
-            fields(multiples >> 4, 4, 1),
-            fields(multiples & 15, 2, 1),
-            fields(places, 2, 16),
-        ]
+        unit, multiples = scales.units[0], self._multiples(scales.step, scales.units[0])
+        return [halves(unit), fields(multiples >> 4, 4, 1), fields(multiples & 15, 2, 1), fields(places, 2, 16)]
 
 
 class WithMinima(WholeNumbers, Super):

@@ -11,14 +11,7 @@ from torch import Tensor
 from convexprune._setting_types import NotNegative
 from convexprune.constraints import Constraint, Stacked
 from convexprune.core import Quadratic, SideBySide, Support
-from convexprune.pruners._base import (
-    AbstractPruner,
-    Damping,
-    LayerEdit,
-    LayerProblem,
-    filled,
-    with_dead_weights,
-)
+from convexprune.pruners._base import AbstractPruner, Damping, LayerEdit, LayerProblem, filled, with_dead_weights
 from convexprune.pruners._damped import choose_damping, damped, saliency_coordinates
 from convexprune.pruners._refit import refitted
 from convexprune.solvers import AbstractSolver, Solution

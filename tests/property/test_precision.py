@@ -15,7 +15,7 @@ from torch import Tensor
 import convexprune
 from convexprune._device import precision as room
 from convexprune._device.precision import add_gram, add_product, product, solving_in, summing_in
-from convexprune._doctor.answers import deterministic
+from convexprune._device.switches import restored
 from convexprune.constraints import Unstructured
 from convexprune.core import _symmetric as triangle
 from convexprune.core._moments import Moments
@@ -125,5 +125,5 @@ def test_a_run_names_its_formats_and_a_cpu_takes_float32(dense: Path, expected: 
 def test_nothing_that_a_run_does_is_refused_by_deterministic_algorithms(more: dict[str, str], dense: Path):
     settings: dict[str, Any] = {name: value for name, value in SETTINGS.items() if name != "method"}
     settings |= {"bound_rows": 1, "targets": ["re:.*layers\\.0\\..*"]} | more
-    with deterministic():
+    with restored(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True):
         assert convexprune.prune(dense, **settings).report.operators
