@@ -11,15 +11,6 @@ import torch
 import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
 
 from convexprune.errors import ConvexpruneError, DependencyError, ModelError, install_hint
 
@@ -32,7 +23,7 @@ TOKENIZER = " (tokenizer)"  # behind the name of a model, in errors
 LONGEST_CAUSE = 300  # characters of what transformers says
 
 
-def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
+def given_tokenizer(tokenizer: Any) -> transformers.PreTrainedTokenizerBase | None:
     """Return a caller's tokenizer: an object of transformers, a folder, a name on the hub, or None."""
     if isinstance(tokenizer, str | Path):
         name = str(Path(tokenizer).expanduser())
@@ -40,7 +31,7 @@ def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
         if read is None:
             raise ModelError(f"{tokenizer}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}).")
         return read
-    if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
+    if tokenizer is None or isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         return tokenizer
     raise ModelError(
         f"A {type(tokenizer).__name__} is no tokenizer. Accepted: a tokenizer of transformers, its folder, or its name "
@@ -48,12 +39,12 @@ def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
     )
 
 
-def read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def read_tokenizer(source: str, place: dict[str, Any]) -> transformers.PreTrainedTokenizerBase | None:
     """Return the tokenizer of a model's folder, .gguf file or name on the hub; None of a folder that has none."""
     folder = Path(place["pretrained_model_name_or_path"])
     if "gguf_file" not in place and folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    return ask(source + TOKENIZER, lambda: AutoTokenizer.from_pretrained(**place))
+    return ask(source + TOKENIZER, lambda: transformers.AutoTokenizer.from_pretrained(**place))
 
 
 def ask(source: str, read: Callable[[], Any]) -> Any:
@@ -79,12 +70,12 @@ def ask(source: str, read: Callable[[], Any]) -> Any:
         raise ModelError(f"{source}: {text}") from cause
 
 
-def model_class(source: str, config: PretrainedConfig) -> Any:
+def model_class(source: str, config: transformers.PretrainedConfig) -> Any:
     """Return the class of transformers that reads a language model with this configuration, wrapped or not."""
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
-        return AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
-        return AutoModelForImageTextToText
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
+        return transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
+        return transformers.AutoModelForImageTextToText
     raise ModelError(
         f"{source}: transformers {transformers.__version__} has no model of type {config.model_type!r} that only "
         "decodes text, alone or with images before it. Encoders, and encoders with a decoder, are not pruned."

@@ -18,16 +18,8 @@ from convexprune._storage.files import named
 from convexprune._storage.tensors import entries
 from convexprune.errors import ModelError
 
+from .._checkpoints import model_folder
 from .._checkpoints.admission import refuse_other_codes, refuse_quantized, require_plain
-from .._checkpoints.model_folder import (
-    NotStreamable,
-    check_folder,
-    check_layers,
-    local_folder,
-    place_of,
-    shard_files,
-    stored_dtype,
-)
 from .._checkpoints.origin import Origin
 from .._checkpoints.reading import ask, model_class, parameters_on_meta, read_tokenizer
 from .._checkpoints.shards import Shards
@@ -93,7 +85,7 @@ def load(
         if stream:
             try:
                 model, shards = _stream(name, place, dtype, device)
-            except NotStreamable as cause:
+            except model_folder.NotStreamable as cause:
                 because = str(cause)
                 logger.warning("%s is loaded whole: %s", name, because)
         if model is None:
@@ -148,11 +140,11 @@ def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
     if path.is_file() and path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
-        check_folder(path, allow_pickle)
+        model_folder.check_folder(path, allow_pickle)
         return {"pretrained_model_name_or_path": str(path)}
     if isinstance(source, Path) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise ModelError(f"{source}: no such folder. Give a folder that has a config.json, or a name on the hub.")
-    return place_of(source)
+    return model_folder.place_of(source)
 
 
 def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
@@ -161,11 +153,11 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
     refuse_quantized(config)
     folder = Path(place["pretrained_model_name_or_path"])
     if folder.is_dir() and "gguf_file" not in place:
-        with suppress(NotStreamable):
-            ask(source, lambda: check_layers(folder, config))
+        with suppress(model_folder.NotStreamable):
+            ask(source, lambda: model_folder.check_layers(folder, config))
     reader = model_class(source, config)
     if folder.is_dir() and "gguf_file" not in place:
-        with suppress(NotStreamable):
+        with suppress(model_folder.NotStreamable):
             _refuse_codes(folder, empty_model(source, config, place))
     options = place | {"dtype": dtype or "auto", "output_loading_info": True}
     if "gguf_file" not in place:
@@ -197,7 +189,7 @@ def _refuse_codes(folder: Path, model: PreTrainedModel) -> None:
     """Refuse weights stored as whole numbers, which transformers 5 would turn into unscaled floats."""
     inner = f"{model.base_model_prefix}."
     weights = {name.removeprefix(inner) for name, _ in model.named_parameters()}
-    stored = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
+    stored = {name: entry for path in model_folder.shard_files(folder) for name, entry in entries(path)[0].items()}
     refuse_other_codes({n: e.spec.code for n, e in sorted(stored.items()) if n.removeprefix(inner) in weights})
 
 
@@ -205,13 +197,13 @@ def _stream(
     source: str, place: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device
 ) -> tuple[PreTrainedModel, Shards]:
     if "gguf_file" in place:
-        raise NotStreamable("a GGUF file is unpacked whole")
+        raise model_folder.NotStreamable("a GGUF file is unpacked whole")
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantized(config)
     where = ("pretrained_model_name_or_path", "revision", "local_files_only")
-    folder = ask(source, lambda: local_folder(*(place[key] for key in where if key in place)))
-    check_folder(folder, allow_pickle=True)
-    ask(source, lambda: check_layers(folder, config))
-    stored = getattr(config, "dtype", None) or ask(source, lambda: stored_dtype(folder))
+    folder = ask(source, lambda: model_folder.local_folder(*(place[key] for key in where if key in place)))
+    model_folder.check_folder(folder, allow_pickle=True)
+    ask(source, lambda: model_folder.check_layers(folder, config))
+    stored = getattr(config, "dtype", None) or ask(source, lambda: model_folder.stored_dtype(folder))
     model = empty_model(source, config, place, dtype=dtype or stored)
     return model, Shards(folder, model, device, decoder_layers(model)[0], place["trust_remote_code"])

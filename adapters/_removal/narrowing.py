@@ -14,29 +14,19 @@ from convexprune.errors import ModelError
 from .._channels.channels import Channels
 from .._channels.inner_channels import inner_channels
 from .._huggingface import HuggingFaceModel
-from .base import (
-    AbstractRemoval,
-    Cut,
-    Place,
-    Shapes,
-    candidates,
-    parameter_shapes,
-    settings_of,
-    shapes_of,
-    with_values,
-)
+from . import base
 
 
 @dataclass(frozen=True, eq=False)
-class Narrowing(AbstractRemoval):
+class Narrowing(base.AbstractRemoval):
     """The removal of channels, or of KV groups of heads as channels of many rows.
 
     `removed` are their numbers, by the operator whose inputs they are.
     """
 
     sets: tuple[Channels, ...]  # named after the operator whose inputs they are
-    places: Mapping[Place, tuple[int, int]]  # numbers before and after, by the setting that declares them
-    said: Mapping[Place, int] = field(default_factory=dict)  # further settings that must not follow from the numbers
+    places: Mapping[base.Place, tuple[int, int]]  # numbers before and after, by the setting that declares them
+    said: Mapping[base.Place, int] = field(default_factory=dict)  # settings that must not follow from these
 
     @property
     def patterns(self) -> Mapping[str, Columns]:
@@ -76,25 +66,26 @@ class Narrowing(AbstractRemoval):
         return self.without({one.name: range(self.count(one.size)) for one in self.sets})
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return with_values(settings, {**self.said, **{path: after for path, (_, after) in self.places.items()}})
+        return base.with_values(settings, {**self.said, **{path: after for path, (_, after) in self.places.items()}})
 
     def count(self, size: int) -> int:
         return next(before - after for before, after in self.places.values() if before == size)
 
     @cached_property
-    def cuts(self) -> dict[str, Cut]:
+    def cuts(self) -> dict[str, base.Cut]:
         gone: dict[str, dict[tuple[int, int | None], list[int]]] = {}
         readers = {axis.parameter for one in self.sets for axis in one.consumers}
         for one in self.sets:
             for axis in (*one.axes, *one.consumers):
                 own = gone.setdefault(axis.parameter, {}).setdefault((axis.dim, axis.index), [])
                 own += axis.entries(self.removed[one.name])
-        found = dict[str, Cut]()
+        found = dict[str, base.Cut]()
         for name, each in gone.items():
             (dim, *others) = {dim for dim, _ in each}
             if others:
                 raise ModelError(f"{name}: channels are rows and columns of it.")
-            found[name] = Cut(dim, {index: tuple(numbers) for (_, index), numbers in each.items()}, name in readers)
+            numbers = {index: tuple(entries) for (_, index), entries in each.items()}
+            found[name] = base.Cut(dim, numbers, name in readers)
         return found
 
 
@@ -107,11 +98,11 @@ def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
     whole = [one for one in inner_channels(model) if len(one.consumers) == 1 and "[" not in one.name]
     if not whole:
         raise ModelError(f"{model.name}: no channels between two operators are to be found that could be removed.")
-    settings, shapes = settings_of(model), parameter_shapes(model.model)
-    places, sets = dict[Place, tuple[int, int]](), list[Channels]()
+    settings, shapes = base.settings_of(model), base.parameter_shapes(model.model)
+    places, sets = dict[base.Place, tuple[int, int]](), list[Channels]()
     for size in dict.fromkeys(one.size for one in whole):
         pattern.check(1, size)
-        for path in candidates(model.model.config, size):
+        for path in base.candidates(model.model.config, size):
             pair = size, pattern.width(size)
             found = _said_by(model.model, settings, {path: pair}, [one for one in whole if one.size == size], shapes)
             if found:
@@ -132,12 +123,12 @@ def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
 def _said_by(
     model: PreTrainedModel,
     settings: Mapping[str, Any],
-    places: Mapping[Place, tuple[int, int]],
+    places: Mapping[base.Place, tuple[int, int]],
     sets: Sequence[Channels],
-    shapes: Shapes,
+    shapes: base.Shapes,
 ) -> list[Channels]:
     """Return the sets whose size these settings declare; empty if the settings declare anything else as well."""
-    built = shapes_of(model, Narrowing((), places).configured(settings))
+    built = base.shapes_of(model, Narrowing((), places).configured(settings))
     changed = {name for name, shape in built.items() if shape != shapes.get(name)}
     found = [one for one in sets if one.consumers[0].parameter in changed]
     try:

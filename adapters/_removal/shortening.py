@@ -23,18 +23,7 @@ from .._data.likelihood import likelihoods
 from .._discovery.family import decoder_layers
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import (
-    REFUSALS,
-    AbstractRemoval,
-    Making,
-    Place,
-    built,
-    candidates,
-    parameter_shapes,
-    renumbered,
-    settings_of,
-    with_values,
-)
+from . import base
 
 TOKENS = 2048  # that predictions are compared on
 LEAST = 8  # layers that a round tries, if there are as many
@@ -42,7 +31,7 @@ LEAST = 8  # layers that a round tries, if there are as many
 
 @torch.no_grad()
 def layers_to_remove(
-    model: HuggingFaceModel, windows: Tensor, score: Score, allowed: Iterable[int], count: int, record: Making
+    model: HuggingFaceModel, windows: Tensor, score: Score, allowed: Iterable[int], count: int, record: base.Making
 ) -> list[int]:
     """Return the numbers of the layers to remove, judged on ids [samples length].
 
@@ -65,7 +54,7 @@ def layers_to_remove(
     return gone
 
 
-def influences(model: HuggingFaceModel, windows: Tensor, record: Making) -> list[float]:
+def influences(model: HuggingFaceModel, windows: Tensor, record: base.Making) -> list[float]:
     """Return the block influence of every layer: 1 - mean cos(h, h').
 
     The output of the last layer is taken after the final norm, as in the code of ShortGPT: transformers' list of
@@ -92,7 +81,7 @@ def divergences(
     dense: Sequence[Tensor],
     gone: Sequence[int],
     tried: Iterable[int],
-    record: Making,
+    record: base.Making,
 ) -> dict[int, float]:
     """Return the mean KL(dense || without) in nats by one more layer left out; a single walk serves all."""
     states: dict[str, Sequence[Tensor]] = {}  # of what differs from what is left of the model by now
@@ -118,7 +107,7 @@ def divergences(
     return {number: fmean(found[str(number)].kl) for number in wanted}
 
 
-def _final(model: HuggingFaceModel, windows: Tensor, record: Making) -> Recorded:
+def _final(model: HuggingFaceModel, windows: Tensor, record: base.Making) -> Recorded:
     """Return the hidden states of the dense model after its last layer."""
     states = MemoryStore(range(len(model.layers)), record)
     LayerWalk(model, windows.split(1), states).run(propagate)
@@ -129,13 +118,13 @@ OWN = ("layer_idx", "layer_id", "layer_number", "training")  # what differs betw
 
 
 @dataclass(frozen=True, eq=False)
-class Shortening(AbstractRemoval):
+class Shortening(base.AbstractRemoval):
     """The removal of decoder layers: `removed` are their numbers."""
 
     chosen_first: ClassVar[bool] = True
     layers: tuple[str, ...]  # names of all layers
     count: int
-    place: Place  # of the setting with the number of layers
+    place: base.Place  # of the setting with the number of layers
     lists: Mapping[str, Sequence[Any]]  # settings with an entry per layer, or with numbers of layers
     allowed: tuple[int, ...] = ()  # numbers of the removable layers
 
@@ -154,7 +143,7 @@ class Shortening(AbstractRemoval):
         model.choose(names, because="no layer before it is removed")
         return names
 
-    def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> list[int]:
+    def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: base.Making) -> list[int]:
         return layers_to_remove(model, windows, score, self.allowed, self.count, record)
 
     def without(self, removed: Collection[int]) -> Self:
@@ -163,19 +152,19 @@ class Shortening(AbstractRemoval):
         return replace(self, removed=sorted(set(removed)))
 
     def renamed(self, name: str) -> str | None:
-        return renumbered(name, [self.layers[0].rpartition(".")[0]], self.removed)
+        return base.renumbered(name, [self.layers[0].rpartition(".")[0]], self.removed)
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         *inside, _ = self.place
         count, gone = len(self.layers), self.removed
-        values: dict[Place, Any] = {self.place: count - len(gone)}
+        values: dict[base.Place, Any] = {self.place: count - len(gone)}
         for name, listed in self.lists.items():
             if _are_numbers(name, listed, count):
                 kept = [value - sum(g < value for g in gone) for value in listed if value not in gone]
             else:
                 kept = [value for number, value in enumerate(listed) if number not in gone]
             values[*inside, name] = kept
-        return with_values(settings, values)
+        return base.with_values(settings, values)
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
         if (why := self.why_not(model.model, settings)) is not None:
@@ -184,10 +173,10 @@ class Shortening(AbstractRemoval):
     def why_not(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> str | None:
         """Return why settings do not describe the dense model without these layers; None if they do."""
         try:
-            shorter = built(model, settings)
-        except REFUSALS as error:
+            shorter = base.built(model, settings)
+        except base.REFUSALS as error:
             return str(error)
-        if parameter_shapes(shorter) != self.shapes(parameter_shapes(model)):
+        if base.parameter_shapes(shorter) != self.shapes(base.parameter_shapes(model)):
             return "its parameters are others"
         _, whole = decoder_layers(model)
         kept = [layer for number, layer in enumerate(whole) if number not in self.removed]
@@ -212,9 +201,9 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
         raise ModelError(f"{model.name}: {scaled[0]} makes each layer depend on its number, so that none can go.")
     every = {n: v for n, v in config.to_dict().items() if "token_id" not in n and isinstance(v, list | tuple)}
     lists = {n: values for n, values in every.items() if len(values) == count or _are_numbers(n, values, count)}
-    names, settings = tuple(layer.name for layer in model.layers), settings_of(model)
+    names, settings = tuple(layer.name for layer in model.layers), base.settings_of(model)
     why = "no setting has that number"
-    for place in sorted(candidates(model.model.config, count), key=lambda place: "layer" not in place[-1]):
+    for place in sorted(base.candidates(model.model.config, count), key=lambda place: "layer" not in place[-1]):
         allowed = list[int]()
         for number in range(count):
             one = Shortening(names, 1, place, lists, removed=[number])
