@@ -8,7 +8,7 @@ from ._channels.permuting import Permutation
 from ._checkpoints.model_folder import local_folder, refuse_packed
 from ._checkpoints.reading import given_tokenizer
 from ._data.calibration import calibration_and_held_out, recipe_windows, text_windows, window_length
-from ._data.documents import CORPORA, TEXT_FILES, read_text
+from ._data.documents import CORPORA, TEXT_FILES, answers, read_documents, read_text
 from ._data.likelihood import Likelihood, divergence, likelihoods
 from ._data.rows import shortage
 from ._data.sources import check_dataset, needs_sampling, parts_of

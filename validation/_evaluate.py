@@ -20,7 +20,7 @@ from convexprune._progress import begin
 from convexprune._progress.shown import visible
 from convexprune._schema.functions import EVALUATE, Evaluate
 from convexprune._schema.parameters import documented
-from convexprune.adapters import HuggingFaceModel, bundled_if_none, load, text_windows
+from convexprune.adapters import HuggingFaceModel, answers, bundled_if_none, load, read_documents, text_windows
 from convexprune.adapters._data.documents import CORPORA, TEXT_FILES, check_text, datasets_package, hub_text
 from convexprune.errors import CalibrationError, ModelError, RecipeError, unknown
 from convexprune.report import finite
@@ -39,7 +39,9 @@ SENTENCE = "The 3 quick brown foxes (naïve, odd) jumped over 12 lazy dogs."  # 
 @dataclass(frozen=True)
 class TextScore:
     text: str
-    convention: str  # "common" (`COMMON` tokens, or the limit if less), "native" (the limit), both, or "given"
+    convention: (
+        str  # "common" (`COMMON` tokens, or the limit if less), "native" (the limit), both, "given" or "answers"
+    )
     perplexity: Perplexity
     bits_per_byte: float | None  # bits per token over the mean bytes of a token's text; None without a tokenizer
     kl: float | None  # mean over the predicted tokens of KL(dense || model) in nats; None without a dense model
@@ -148,6 +150,9 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
     texts, left_out = list[TextScore](), list[str]()
     windows = _conventions(limit, own.window)
     for text in own.text:
+        if (chats := _conversations(text)) is not None:
+            texts.append(_answers(text, chats[: own.max_windows], opened, min(limit, own.window or limit)))
+            continue
         content, known = _content(text, max(window for _, window in windows), own), 0
         for convention, window in windows:
             if convention == "native" and (window > LONGEST or known < window):
@@ -164,6 +169,30 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
     found = [evaluate_tasks(each, own) for each in opened] if own.tasks else [()]
     scores = found[0] if len(found) == 1 else tuple(a.beside(b) for a, b in zip(*found, strict=True))
     return Evaluation(model.name, others[0].name if others else None, tuple(texts), tuple(scores), tuple(left_out))
+
+
+def _conversations(text: str) -> list[Any] | None:
+    """Return the conversations of a file; None for a text."""
+    rows = read_documents(Path(text)).rows if text.endswith(".jsonl") else [text]
+    return None if all(isinstance(row, str) for row in rows) else list(rows)
+
+
+def _answers(text: str, chats: Sequence[Any], opened: Sequence[HuggingFaceModel], longest: int) -> TextScore:
+    """Measure the assistant's messages, each chat by itself; of a chat that is too long the beginning."""
+    (model, *others), tokenizer = opened, opened[0].tokenizer
+    if tokenizer is None or not tokenizer.chat_template:
+        raise CalibrationError(f"{text} holds conversations, and {model.name} has no chat template. Give text.")
+    read = [answers(chat, tokenizer) for chat in chats]
+    length = min(longest, max(len(ids) for ids, _ in read))
+    tokens, counted = torch.zeros(len(read), length, dtype=torch.long), torch.zeros(len(read), length, dtype=torch.bool)
+    for row, (ids, inside) in enumerate(read):
+        kept = min(length, len(ids))
+        tokens[row, :kept], counted[row, :kept] = torch.tensor(ids[:kept]), torch.tensor(inside[:kept])
+    if not counted[:, 1:].any():
+        raise CalibrationError(f"{text}: no chat has a message with the role assistant. Add answers, or give text.")
+    networks = [of_model(each.model) for each in (*others, model)]
+    *reference, (p, kl) = fit(tokens, *networks, counted=counted[:, 1:])
+    return TextScore(text, "answers", p, None, *((kl, reference[0][0]) if reference else (None, None)))
 
 
 def _require_comparable(model: HuggingFaceModel, dense: HuggingFaceModel) -> None:

@@ -67,11 +67,14 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> P
 
 
 @torch.no_grad()
-def fit(tokens: Tensor, *networks: Logits, batch_size: int = 1) -> list[tuple[Perplexity, float]]:
+def fit(
+    tokens: Tensor, *networks: Logits, batch_size: int = 1, counted: Tensor | None = None
+) -> list[tuple[Perplexity, float]]:
     """Return the perplexity of each network on ids [windows window], and its divergence from the first.
 
     The divergence is the mean over the predicted tokens of KL(first || network), in nats. Logits are widened to float32
-    by window, and sums are in float64; batches come once, in order.
+    by window, and sums are in float64; batches come once, in order. Of the tokens after the first of a window those
+    count that are `counted` [windows window - 1], or all.
     """
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise CalibrationError(
@@ -80,17 +83,19 @@ def fit(tokens: Tensor, *networks: Logits, batch_size: int = 1) -> list[tuple[Pe
     if batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size}: at least 1 is needed.")
     windows, window = tokens.shape
-    batches, count = tokens.split(batch_size), windows * (window - 1)
+    counts = torch.ones(windows, window - 1) if counted is None else counted.float()
+    batches, count = tokens.split(batch_size), int(counts.sum())
     step, nll, kl = begin("perplexity", len(batches)), [0.0] * len(networks), [0.0] * len(networks)
-    for batch in batches:
-        losses, labels = [list[Tensor]() for _ in networks], batch[:, 1:]
+    for batch, weights in zip(batches, counts.split(batch_size), strict=True):
+        losses, labels, done = [list[Tensor]() for _ in networks], batch[:, 1:], 0
         for first, *others in zip(*(network(batch) for network in networks), strict=True):
             now, labels = labels[:, : first.shape[1]].to(first.device), labels[:, first.shape[1] :]
-            losses[0].append(_losses(first, now))
+            own, done = weights[:, done : done + now.shape[1]].to(first.device), done + now.shape[1]
+            losses[0].append(_losses(first, now) * own)
             for i, other in enumerate(others, 1):
                 logits = other.to(first.device)
-                losses[i].append(_losses(logits, now))
-                kl[i] += divergence(first.float(), logits.float()).double().sum().item()
+                losses[i].append(_losses(logits, now) * own)
+                kl[i] += (divergence(first.float(), logits.float()) * own).double().sum().item()
         nll = [a + sum(w.double().sum().item() for w in torch.cat(b, 1)) for a, b in zip(nll, losses, strict=True)]
         step("")
     means = torch.as_tensor(nll, dtype=torch.float64) / count

@@ -46,6 +46,19 @@ def _rendered(conversation: Any, tokenizer: PreTrainedTokenizerBase) -> str:
         ) from cause
 
 
+def answers(conversation: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a conversation, and True for those of the assistant's messages."""
+    whole, spans = _rendered(conversation, tokenizer), list[tuple[int, int]]()
+    for number, message in enumerate(conversation):
+        if message["role"] == "assistant":
+            before, after = conversation[:number], conversation[: number + 1]
+            begin = len(str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)))
+            spans.append((begin, len(_rendered(after, tokenizer))))
+    read: Any = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    inside = [any(begin <= first < end for begin, end in spans) for first, _ in read["offset_mapping"]]
+    return list(read["input_ids"]), inside
+
+
 TEXT_FILES = (".txt", ".jsonl")
 UTF16 = "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8."
 BEGINNINGS = {b"\x1f\x8b": "It is compressed. Unpack it: gunzip.", b"\xff\xfe": UTF16, b"\xfe\xff": UTF16}

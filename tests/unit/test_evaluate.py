@@ -194,3 +194,36 @@ def _likelier(model: Path, good: str, bad: str) -> bool:
             return network(begun[:, :-1]).logits.log_softmax(-1).gather(-1, ids[..., None]).sum().item()
 
     return score(good) > score(bad)
+
+
+def test_of_chats_the_answers_alone_count(pair: tuple[Path, Path, Path]):
+    dense, other, text = pair
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    for place in (dense, other):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(place)
+    chats = [("What is a whale?", "A great beast."), ("And a ship?", "A house that swims on the wide sea.")]
+    roles = ("user", "assistant")
+    written = [{"messages": [{"role": r, "content": c} for r, c in zip(roles, chat, strict=True)]} for chat in chats]
+    path = text.with_name("chat.jsonl")
+    path.write_text("\n".join(map(json.dumps, written)))
+    (score,) = convexprune.evaluate(other, against=dense, text=[path]).texts
+    losses, distances = list[Tensor](), list[Tensor]()
+    networks = [AutoModelForCausalLM.from_pretrained(place) for place in (other, dense)]
+    for question, answer in chats:
+        asked = f"<user>{question}\n<assistant>"
+        read = tokenizer(f"{asked}{answer}\n", add_special_tokens=False, return_offsets_mapping=True)
+        first = sum(begin < len(asked) for begin, _ in read.offset_mapping)
+        ids = torch.tensor([read.input_ids])
+        with torch.no_grad():
+            q, p = (each(ids).logits[0, :-1].double().log_softmax(-1)[first - 1 :] for each in networks)
+        losses.append(-q.gather(1, ids[0, first:, None]))
+        distances.append((p.exp() * (p - q)).sum(1))
+    assert score.convention == "answers" and score.perplexity.tokens == sum(map(len, losses))
+    assert score.perplexity.nll == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert score.kl == pytest.approx(torch.cat(distances).mean().item(), abs=1e-6)  # of float32 logits
+    path.write_text(json.dumps({"messages": written[0]["messages"][:1]}))
+    with pytest.raises(errors.CalibrationError, match="role assistant"):
+        convexprune.evaluate(other, text=[path])
