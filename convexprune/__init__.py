@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convexprune import errors, problems, pruners, solvers
-    from convexprune._api.calls import PermuteResult, PruneResult, permute, prune
-    from convexprune._api.exporting import export
+    from convexprune._api.calls import PermuteResult, PruneResult, export, permute, prune
     from convexprune._container import Packed, pack, unpack
     from convexprune._progress import Event
     from convexprune.adapters._inspection.inspection import Inspection, inspect
@@ -66,9 +65,8 @@ __all__ = [
 ]  # fmt: skip
 
 _ROOMS = (
-    "_progress", "constraints", "core", "solvers", "report", "recipe", "_container",
-    "adapters._loading.packed", "adapters._training", "adapters._inspection.inspection", "validation", "_api.exporting",
-    "_api.calls",
+    "_progress", "constraints", "core", "solvers", "report", "recipe", "_container", "adapters._loading.packed",
+    "adapters._training", "adapters._inspection.inspection", "validation", "_api.calls",
 )  # fmt: skip
 """Where the names are, the quickest to import first."""
 

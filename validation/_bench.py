@@ -22,7 +22,7 @@ from convexprune.adapters import LINEAR_MODULES, HuggingFaceModel, ParameterOper
 from convexprune.errors import ModelError
 
 from ._formats import FORMATS, AbstractProduct
-from ._timing import Timing, merged, once, time_in_turns, timing
+from ._timing import Timing, time_in_turns, timing
 
 SHAPES = 3  # of operators, those with most weights
 OF_LAYERS = 1 / 3  # the share of the time that single layers get; generation has the rest
@@ -184,16 +184,17 @@ def _generation(
     for name in others:
         pair = {dense: reference, name: _converted(model, linears, formats[name])}
         tokens = torch.ones(1, prompt, dtype=torch.long, device=device)
-        runs: dict[Any, Any] = {
-            ("prefill", 1, prompt): {n: partial(m, tokens, use_cache=False) for n, m in pair.items()}
-        }
+        prefills = {n: partial(m, tokens, use_cache=False) for n, m in pair.items()}
+        kinds: list[Any] = [("prefill", 1, prompt, prefills, lambda _: 1)]
         for b in asked.batches:
-            runs["decode", b, b] = {n: _decode(m, b, asked.new_tokens, device, seconds) for n, m in pair.items()}
-        for (what, batch, count), each in runs.items():
-            times = time_in_turns(each, device, seconds, _new_tokens if what == "decode" else once, ENOUGH)
-            found += [timing(what, batch, n, times, dense, _nbytes(m), count) for n, m in pair.items()]
+            decodes = {n: _decode(m, b, asked.new_tokens, device, seconds) for n, m in pair.items()}
+            kinds.append(("decode", b, b, decodes, lambda sequences: sequences.shape[1] - 1))
+        for what, batch, count, runs, often in kinds:
+            times = time_in_turns(runs, device, seconds, often, ENOUGH)
+            told = pair if name == others[0] else [name]  # the dense format once, though it is timed beside each
+            found += [timing(what, batch, n, times, dense, _nbytes(pair[n]), count) for n in told]
         step(name)
-    return merged(found)
+    return found
 
 
 def _converted(model: HuggingFaceModel, linears: Sequence[Linear], made: type[AbstractProduct]) -> PreTrainedModel:
@@ -209,10 +210,6 @@ def _decode(model: PreTrainedModel, batch: int, new_tokens: int, device: str, se
     asked: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     asked |= {"max_time": seconds / (2 * ROUNDS), "attention_mask": token, "pad_token_id": 0}
     return partial(cast(Any, model).generate, token, **asked)
-
-
-def _new_tokens(sequences: Tensor) -> int:
-    return sequences.shape[1] - 1
 
 
 def _nbytes(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from convexprune._container.layouts import SIZES, imported
+from convexprune._container.layouts import LAYOUTS, imported
 from convexprune.adapters._inspection.outline import Outline
 from convexprune.adapters._types import alike
 from convexprune.errors import DependencyError, ModelError
@@ -20,7 +20,7 @@ def file_sizes(folder: Path, outline: Outline) -> tuple[Sizes, list[str]]:
     found, notes = Sizes(), list[str]()
     if outline.dtype == torch.float32:
         notes.append("What is not quantized is float32 in these files. With --dtype bfloat16 it has half of the bytes.")
-    for layout in SIZES:
+    for layout in LAYOUTS:
         try:
             found |= dict(_sizes(folder, outline, layout))
         except (DependencyError, ModelError) as cause:
@@ -29,7 +29,7 @@ def file_sizes(folder: Path, outline: Outline) -> tuple[Sizes, list[str]]:
 
 
 def _sizes(folder: Path, outline: Outline, layout: str) -> Iterator[tuple[str, tuple[int, int]]]:
-    measure: Any = imported(SIZES[layout], layout).measure
+    measure: Any = imported(layout).measure
     groups = alike(outline.layers)
     single, mixed = (measure(folder, groups, ends, outline.dtype) for ends in ([], outline.ends))
     if strangers := [unit[0] for unit, sizes in mixed.units.items() if not sizes]:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -45,15 +45,11 @@ class Timing:
         return f"batch {self.batch} {max(ratio, 1 / ratio):.2f} times as {'slow' if ratio > 1 else 'fast'}{once}"
 
 
-def once(made: object) -> int:
-    return 1
-
-
 def time_in_turns(
     runs: Mapping[str, Callable[[], object]],
     device: str,
     seconds: float,
-    often: Callable[[Any], int] = once,
+    often: Callable[[Any], int] = lambda _: 1,
     least: int = LEAST,
 ) -> dict[str, list[float]]:
     """Return seconds of every run, divided by `often` of its result, an entry for a round.
@@ -93,14 +89,6 @@ def timing(
     seconds = median(times[name])
     rate = None if tokens is None else tokens / seconds
     return Timing(what, batch, name, 1e3 * seconds, middle, (lower, upper), nbytes, len(ratios), rate)
-
-
-def merged(timings: Iterable[Timing]) -> list[Timing]:
-    """Return a timing for a shape, batch and format: of several, as for the dense format, the middle one."""
-    by_key: dict[tuple[str, int, str], list[Timing]] = {}
-    for t in timings:
-        by_key.setdefault((t.what, t.batch, t.format), []).append(t)
-    return [sorted(each, key=lambda t: t.milliseconds)[len(each) // 2] for each in by_key.values()]
 
 
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -13,6 +13,7 @@ from convexprune.adapters import HuggingFaceModel, allocate_each, find_removal, 
 from convexprune.constraints import parse_pattern
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS
+from convexprune.quantizers import QUANTIZERS
 from convexprune.recipe import SOLVERS, Recipe, make_recipe
 
 from ._side_by_side import Tokens
@@ -34,22 +35,17 @@ CONVENTIONS: dict[str, tuple[str, float, str]] = {
 OWN = {
     "alps": "pruned-own",
     "fistapruner": "dense",
+    "gptaq": "pruned-quarter",
+    "gptq": "pruned-own",
     "magnitude": "dense-none",
     "osscar": "pruned-own",
+    "qep": "pruned-half",
+    "rtn": "dense-none",
     "sparsegpt": "pruned-own",
     "wanda": "pruned-own",
     "wanda-sp": "pruned-own",
 }
-"""What each method's paper or code does; of ours, the recipe's default."""
-
-QUANTIZED = {
-    "descent": "own",
-    "gptaq": "pruned-quarter",
-    "gptq": "pruned-own",
-    "qep": "pruned-half",
-    "rtn": "dense-none",
-}
-"""The convention of each quantizer's paper; what they quantize is ours, if it has zeros at all."""
+"""What the paper or the code of each method or quantizer does; of ours, the recipe's default."""
 OF_RECIPE = ("refit", "quantize", "bits", "group_size", "token_weights", "refine")
 """Settings of the recipe that a method may name beside its own."""
 
@@ -111,7 +107,7 @@ def make_variants(
     """Return every method x pattern x sparsity x convention once; an N:M pattern fixes its sparsity.
 
     A method is a name of `convexprune.pruners`, a solver's for the convex method with that solver, or a quantizer's
-    (`QUANTIZED`), with optional settings: "sparsegpt:damping=0.1", "gptq:quantize=int4". It may name its convention,
+    (`QUANTIZERS`), with optional settings: "sparsegpt:damping=0.1", "gptq:quantize=int4". It may name its convention,
     allocation and quota: "fista:convention=pruned-layer:allocation=half-curve". "own" is the convention of the method's
     paper, the recipe's default allocation, and the quota by row for Wanda, as published (unless rows compete).
     """
@@ -160,10 +156,10 @@ def _variant(
 
 def _method(text: str) -> dict[str, Any]:
     name, *pairs = text.split(":")
-    kinds = {"method": METHODS, "quantizer": QUANTIZED, "solver": SOLVERS}
+    kinds = {"method": METHODS, "quantizer": QUANTIZERS, "solver": SOLVERS}
     kind = next((kind for kind, names in kinds.items() if name in names), None)
     if kind is None:
-        raise RecipeError(unknown("method", name, (*METHODS, *SOLVERS, *QUANTIZED)))
+        raise RecipeError(unknown("method", name, (*METHODS, *SOLVERS, *QUANTIZERS)))
     settings: dict[str, Any] = {"method": "convex", kind: name}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -171,7 +167,7 @@ def _method(text: str) -> dict[str, Any]:
             raise RecipeError(f"{text!r}: a setting of a method reads name=value, as in sparsegpt:damping=0.1.")
         place = settings if key in OF_RECIPE else settings.setdefault("method_args", {})
         place[key] = _value(value)
-    if name in QUANTIZED and not {"quantize", "bits"} & settings.keys():
+    if kind == "quantizer" and not {"quantize", "bits"} & settings.keys():
         raise RecipeError(f"{text!r}: a quantizer needs a number of bits, as in {name}:quantize=int4 or {name}:bits=3.")
     return settings
 
@@ -195,9 +191,7 @@ def _without_own(text: str) -> tuple[str, dict[str, list[str]]]:
 
 def _own(method: str) -> str:
     """Return the convention of the method's paper; for ours, of the recipe's defaults."""
-    name = method.partition(":")[0]
-    own = OWN.get(name) or QUANTIZED.get(name, "own")
-    if own != "own":
+    if own := OWN.get(method.partition(":")[0]):
         return own
     recipe = make_recipe(model="")
     default = recipe.prefix, recipe.error_correction, recipe.error_target

@@ -1,6 +1,7 @@
-"""The public functions `prune`, `plan` and `permute`."""
+"""The public functions `prune`, `plan`, `permute` and `export`."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,20 @@ from convexprune._api.given import name_of_text, write_copies
 from convexprune._api.pruning import InFolder, InMemory
 from convexprune._api.request import name_of
 from convexprune._api.result import PermuteResult, PruneResult, check_hub
+from convexprune._container.layouts import LAYOUTS, imported
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
 from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._recipe_file import GIVEN, read_recipe
+from convexprune._rendering.card import write_card
 from convexprune._runs.executors import check_patterns
+from convexprune._runs.folder import RunFolder
 from convexprune._schema.functions import PERMUTE, PRUNE, Call
 from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
+from convexprune._storage.files import named
 from convexprune._storage.staging import Staging
 from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows
 from convexprune.adapters._channels.permuting import find_permutation
@@ -30,7 +35,7 @@ from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._data.sources import needs_sampling
 from convexprune.adapters._inspection.inspection import Inspection
 from convexprune.adapters._saving import save_permuted
-from convexprune.errors import PatternError, RecipeError
+from convexprune.errors import PatternError, RecipeError, unknown
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.solvers import AbstractSolver
 
@@ -192,3 +197,33 @@ def permute(
             save_permuted(loaded, found, folder)
         changed = read if loaded.streams else lambda: loaded.model
         return PermuteResult(permutation=found, output_dir=folder, _model=changed)
+
+
+@visible
+def export(
+    source: str | Path, output: str | Path, format: str = "compressed-tensors", *, allow_changed: bool = False
+) -> Path:
+    """Write the result of a run as other engines load it.
+
+    Args:
+        source: the folder of a run. For GGUF any folder of a model will do; what is not quantized keeps its type.
+        output: where to write to; must be empty or not there. It is there whole or not at all.
+        format: "compressed-tensors", a folder for vLLM and transformers, of a run with `quantize` int8 to int3. "gguf",
+            a file for llama.cpp, Ollama and LM Studio.
+        allow_changed: take a result whose files are not those that the run wrote.
+
+    Returns:
+        The output.
+
+    Raises:
+        RecipeError: there is no such format.
+        DependencyError: the format needs a package that is not there.
+        ModelError: the format cannot say what the folder holds.
+        OutputError: the output holds something, or the disk is full.
+    """
+    if format not in LAYOUTS:
+        raise RecipeError(unknown("format", format, LAYOUTS))
+    place: Path = imported(format).export(source, output, allow_changed)
+    if place.is_dir():
+        write_card(replace(RunFolder(named(source)).report(), packed=None), place, layout=format)
+    return place

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune._api.given import Sources, Windows, check_copies, executor_for, name_of_text, run_warnings, team_size
-from convexprune._container.chosen import Size
-from convexprune._container.layouts import SIZES, imported
+from convexprune._container.layouts import LAYOUTS, Size, imported
 from convexprune._device.machine import (
     Clock,
     check_threads,
@@ -117,7 +116,7 @@ class Request:
             self.layers = replace(self.layers, patterns=self.removal.patterns)
         self.layers = with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
-        if self.recipe.quantize in SIZES:
+        if self.recipe.quantize in LAYOUTS:
             self._measure(loaded, self.recipe.quantize)
         weighting = TokenWeighting.parse(self.recipe.token_weights)
         needs = {
@@ -136,7 +135,7 @@ class Request:
                 f"quantize={layout!r} counts the bytes of a file. It takes the folder of a model with its tokenizer, "
                 "no loaded one, and needs output_dir."
             )
-        measure = imported(SIZES[layout], layout).measure
+        measure = imported(layout).measure
         self.size = size = measure(loaded.folder, alike(loaded.layers), ends(loaded), loaded.model.dtype)
         self.target = self.recipe.target or int(size.weights * (self.recipe.bits or 0.0) / 8)
         size.require(self.target)

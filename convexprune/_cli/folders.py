@@ -70,7 +70,7 @@ def export(
 ) -> None:
     """Write a model as other engines load it. vLLM takes the format compressed-tensors, llama.cpp takes gguf."""
     with stoppable(), following(quiet=quiet):
-        from convexprune._api.exporting import export as write
+        from convexprune._api.calls import export as write
 
         folder = write(source, output, format, allow_changed=allow_changed)
     _say(folder, as_json)

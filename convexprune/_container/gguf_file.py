@@ -1,11 +1,12 @@
-"""A model as a GGUF file, as llama.cpp, Ollama and LM Studio run it."""
+"""A model as a GGUF file, as llama.cpp, Ollama and LM Studio run it; and the exact size of the file beforehand."""
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -13,15 +14,16 @@ import torch
 from torch import Tensor
 
 from convexprune._container.file import SUFFIX, is_packed
-from convexprune._container.folder import source_files
+from convexprune._container.folder import source_files, source_tensors
 from convexprune._container.gguf_model import GGUFModel, write_tokenizer
+from convexprune._container.layouts import Size
 from convexprune._container.provenance import unchanged
 from convexprune._progress import begin
 from convexprune._runs.folder import BLOCKS, RunFolder
 from convexprune._storage.files import named, read_text
 from convexprune._storage.staging import Staging
-from convexprune._storage.tensors import Entry, entries
-from convexprune.constraints import Q4_0, Q8_0, Codebook, Grid, Scales, make_grid, parse_pattern
+from convexprune._storage.tensors import Entry, cast, entries
+from convexprune.constraints import FAMILIES, Q4_0, Q8_0, Block, Codebook, Grid, Scales, make_grid, parse_pattern
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import Report
 
@@ -225,3 +227,43 @@ def require_same(name: str, data: Tensor, kind: gguf.GGMLQuantizationType, store
         values = torch.from_numpy(gguf.quants.dequantize(some.numpy(), kind))
         if not torch.equal(values.to(stored.dtype), weight):
             raise ModelError(f"{name} has changed since it was quantized: its values are not those of {kind.name}.")
+
+
+def measure(source: Path, groups: Sequence[Sequence[str]], ends: Sequence[str], dtype: torch.dtype) -> Size:
+    """Return the size of the file of a model, whose operators will be on block grids; other matrices have a dtype."""
+    folder, stored = source_tensors(source)
+    plain = {n: replace(e, spec=cast(e, dtype)[0]) for each in stored.values() for n, e in each.items()}
+    model = GGUFModel(json.loads(read_text(folder / "config.json", LONGEST)), folder)
+    tensors, units = places(model, plain, {}), defaultdict[tuple[str, ...], list[str]](list)
+    for name in (name for names in groups for name in names):
+        units[tuple(sorted({place for place, _ in model.operator(name)}))].append(name)
+    ends = [name for name in ends if _sizes([tensors[model.place(f"{name}.weight")[0]]])]
+    units |= {(model.place(f"{name}.weight")[0],): [name] for name in ends}
+    metadata, chosen = metadata_of(folder, tensors), {place for unit in units for place in unit}
+    fixed = _header(model, folder, tensors, metadata) + sum(_padded(t.nbytes) for t in model.extra().values())
+    fixed += sum(_padded(stored_bytes(each)[1]) for place, each in tensors.items() if place not in chosen)
+    sizes = {tuple(names): _sizes([tensors[place] for place in unit]) for unit, names in units.items()}
+    known = {key: value for key, value in asdict(metadata).items() if value is not None}
+    return Size(fixed, sizes, tuple(ends), count_weights(tensors), known)
+
+
+def _sizes(tensors: Collection[Sequence[Part]]) -> dict[str, int]:
+    """Return the bytes of tensors by type, for the types that their columns fit."""
+    columns = [parts[0].entry.spec.shape[-1] for parts in tensors]
+    grids = [grid for grid in FAMILIES["gguf"].grids if isinstance(grid, Block)]
+    fits = [grid.name for grid in grids if all(n % grid.block == 0 for n in columns)]
+    return {name: sum(_padded(stored_bytes(parts, name)[1]) for parts in tensors) for name in fits}
+
+
+def _header(model: GGUFModel, folder: Path, tensors: Mapping[str, list[Part]], metadata: gguf.Metadata) -> int:
+    """Return the bytes before the first tensor: no type changes them."""
+    with TemporaryDirectory() as place:
+        writer = gguf.GGUFWriter(path := Path(place) / "header", model.architecture.name)
+        describe(writer, model, folder, tensors, metadata)
+        add_infos(writer, model, tensors)
+        writer.close()
+        return _padded(path.stat().st_size)
+
+
+def _padded(size: int) -> int:
+    return gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT)

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from convexprune._container.chosen import stored_names
+from convexprune._container.layouts import stored_names
 from convexprune.errors import ModelError
 
 SIZES = {

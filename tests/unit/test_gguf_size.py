@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune._api.calls import plan
 from convexprune._cli import app
-from convexprune._container.chosen import Size
-from convexprune._container.gguf_size import measure
+from convexprune._container.gguf_file import measure
+from convexprune._container.layouts import Size
 from convexprune.adapters import EMBEDDED
 from convexprune.core._allocation import choose
 from convexprune.errors import PatternError, RecipeError

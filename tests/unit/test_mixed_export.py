@@ -12,7 +12,7 @@ from test_gguf import RUN, built, quantized
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune._container.chosen import stored_names
+from convexprune._container.layouts import stored_names
 from convexprune.errors import PatternError, RecipeError
 
 MIXED: dict[str, Any] = {"quantize": "compressed-tensors", "sparsity": None}

@@ -134,7 +134,6 @@ from pathlib import Path
 import torch
 import convexprune
 from convexprune._cli import app
-from convexprune._container.layouts import export
 from convexprune.core import Problem, Quadratic, Toy
 from typer.testing import CliRunner
 
@@ -148,7 +147,7 @@ print(json.dumps({
     "recipe": plain.recipe, "patterns": sorted({o.pattern for o in plain.operators}),
     "errors": [o.relative_error for o in plain.operators], "solver": solved.recipe["solver"],
     "grids": sorted({o.pattern for o in solved.operators}), "quantizer": solved.recipe["quantizer"],
-    "penalty": answer.weight.tolist(), "layout": export(".", Path(where) / "toy", "toy").read_text(),
+    "penalty": answer.weight.tolist(), "layout": convexprune.export(".", Path(where) / "toy", "toy").read_text(),
     "help": "--toy" in CliRunner().invoke(app, ["prune", "--help"]).output,
 }))
 """
