@@ -215,19 +215,8 @@ def _difference(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().sum() / (1 + second.abs().sum()))
 
 
-def _orthogonal_design() -> Named:
-    """H = c I: the soft threshold of the target, entry by entry."""
-    inputs = torch.linalg.qr(_normal(0, 40, 8)).Q * 3.0  # X'X = 9 I, mean over 40 tokens
-    return _thresholded("orthogonal-design", inputs, _normal(1, 40, 3), 0.02)
-
-
-def _single_column() -> Named:
-    """Return the soft threshold of a scalar regression."""
-    return _thresholded("single-column", _normal(2, 30, 1), _normal(3, 30, 4), 0.05)
-
-
 def _thresholded(name: str, x: Tensor, y: Tensor, strength: float) -> Named:
-    """Return a regression on orthogonal inputs of equal size."""
+    """Return a regression on orthogonal inputs of equal size: the soft threshold of the target, entry by entry."""
     quadratic, curvature = Quadratic.least_squares(x, y), x[:, 0].square().mean()
     solution = _soft(quadratic.cross / curvature, strength / curvature)
     value = float((y - x @ solution.T).square().sum() / (2 * len(x)) + strength * solution.abs().sum())
@@ -274,6 +263,8 @@ _FORMULAS: dict[str, Callable[[], Named]] = {
     "all-zero": _all_zero,
     "diagonal-gram": _diagonal_gram,
     "diagonal-support": _diagonal_support,
-    "orthogonal-design": _orthogonal_design,
-    "single-column": _single_column,
+    "orthogonal-design": lambda: _thresholded(
+        "orthogonal-design", 3 * torch.linalg.qr(_normal(0, 40, 8)).Q, _normal(1, 40, 3), 0.02
+    ),
+    "single-column": lambda: _thresholded("single-column", _normal(2, 30, 1), _normal(3, 30, 4), 0.05),
 }

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from io import StringIO
@@ -245,22 +245,20 @@ class Report:
         for name in ("shape", "zeros", "error", "held-out", "growth", "gap", "bound", "solves", "damping", "s"):
             table.add_column(name, justify="right", no_wrap=True)
         for o in self.operators:
-            table.add_row(*_cells(o))
+            table.add_row(
+                o.name,
+                f"{o.outputs}x{o.inputs}",
+                f"{o.sparsity:.1%}",
+                f"{o.relative_error:.2e}",
+                "-" if o.held_out_error is None else f"{o.held_out_error:.2e}",
+                "-" if o.weight_growth is None else f"{o.weight_growth:.1f}",
+                "-" if o.gap is None else f"{o.gap:.0e}",
+                "-" if o.bound is None else f"{o.bound['ratio']:.2f}",
+                str(o.solves),
+                "-" if o.damping is None else f"{o.damping.strength:.3f}",
+                f"{o.seconds:.1f}",
+            )
         return table
-
-
-def _cells(o: OperatorReport) -> Iterable[str]:
-    yield o.name
-    yield f"{o.outputs}x{o.inputs}"
-    yield f"{o.sparsity:.1%}"
-    yield f"{o.relative_error:.2e}"
-    yield "-" if o.held_out_error is None else f"{o.held_out_error:.2e}"
-    yield "-" if o.weight_growth is None else f"{o.weight_growth:.1f}"
-    yield "-" if o.gap is None else f"{o.gap:.0e}"
-    yield "-" if o.bound is None else f"{o.bound['ratio']:.2f}"
-    yield str(o.solves)
-    yield "-" if o.damping is None else f"{o.damping.strength:.3f}"
-    yield f"{o.seconds:.1f}"
 
 
 def finite(value: Any) -> Any:

@@ -5,9 +5,8 @@ The format: stages with names in `_stage` hold groups with names in `_modifiers`
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -29,8 +28,7 @@ OFF = {"preserve_sparsity_mask": False, "quantize": False, "apply_globally": Fal
 DAMPING = ("dampening_frac", "percdamp")
 
 
-@dataclass(frozen=True)
-class Modifier:
+class Modifier(NamedTuple):
     name: str
     targets: list[str]  # as in a recipe
     ignore: list[str]

@@ -50,13 +50,12 @@ def prune(
     with working(quiet, settings["output_dir"], "prune"):
         from convexprune._api import calls as api
 
-        plan = api.plan(**settings, recipe=recipe) if dry_run else None
-        result = None if dry_run else api.prune(**settings, recipe=recipe)
-    if plan is not None:
-        show_inspection(plan, as_json)
-        return
-    assert result is not None
-    _show(result, as_json, verbose, settings.get("push_to_hub"))
+        call: Any = api.plan if dry_run else api.prune
+        result = call(**settings, recipe=recipe)
+    if dry_run:
+        show_inspection(result, as_json)
+    else:
+        _show(result, as_json, verbose, settings.get("push_to_hub"))
 
 
 def _show(result: "PruneResult", as_json: bool, verbose: bool, uploaded: str | None) -> None:
@@ -151,33 +150,32 @@ def names(as_json: AsJson = False) -> None:
     from convexprune.recipe import PRESETS, SOLVERS
     from convexprune.solvers import make_solver, solver_names
 
+    found: dict[str, Any] = {
+        "families": list(TESTED.values()),
+        "solvers": {name: [p.__name__ for p in make_solver(name).penalties] for name in solver_names()},
+        "methods": sorted(METHODS),
+        "presets": list(PRESETS),
+        "patterns": ["unstructured", "N:M", "columns", "channels", "heads", "layers", "experts"],
+        "quantizers": sorted(QUANTIZERS),
+    }
     if as_json:
-        print_json(
-            {
-                "families": list(TESTED.values()),
-                "solvers": {name: [p.__name__ for p in make_solver(name).penalties] for name in solver_names()},
-                "methods": sorted(METHODS),
-                "presets": list(PRESETS),
-                "patterns": ["unstructured", "N:M", "columns", "channels", "heads", "layers", "experts"],
-                "quantizers": sorted(QUANTIZERS),
-            }
-        )
+        print_json(found)
         return
     table = Table(box=None, show_header=False, padding=(0, 2))
-    families = "; ".join(TESTED.values())  # some names have commas
+    families = "; ".join(found["families"])  # some names have commas
     table.add_row("families", f"tested: {families}. Others are found out by watching them run, or refused")
-    for number, name in enumerate(solver_names()):
-        takes = ", ".join(_PENALTIES.get(each, each) for each in (p.__name__ for p in make_solver(name).penalties))
+    for number, (name, penalties) in enumerate(found["solvers"].items()):
+        takes = ", ".join(_PENALTIES.get(each, each) for each in penalties)
         use = "prune --solver" if name in SOLVERS else "refits, not prune --solver"
         table.add_row("" if number else "solvers", f"{name}, for {use}; takes {takes}")
-    table.add_row("methods", ", ".join(sorted(METHODS)))
-    table.add_row("presets", ", ".join(PRESETS))
+    for name in ("methods", "presets"):
+        table.add_row(name, ", ".join(found[name]))
     table.add_row(
         "patterns",
         "unstructured (quota: matrix, row), N:M (N non-zeros in every M inputs, as 2:4), columns, channels, "
         "heads, layers, experts",
     )
-    table.add_row("quantizers", f"{', '.join(sorted(QUANTIZERS))}, for --quantize and --bits")
+    table.add_row("quantizers", f"{', '.join(found['quantizers'])}, for --quantize and --bits")
     console.print(table)
 
 

@@ -76,18 +76,14 @@ def _require_settings(folder: Path, files: Iterable[Path]) -> None:
     """Refuse, before any work, a model without settings, and settings or an index that are not of a model."""
     if Path(CONFIG) not in files:
         raise ModelError(f"{folder} has no {CONFIG}, without which nothing loads it. Put it back.")
+    known = {path.as_posix() for path in files}
     for path in files:
         if path.name.endswith(INDEX) or path == Path(CONFIG):
             value = read_json(folder / path) if (folder / path).stat().st_size <= LONGEST else None
             places = value.get("weight_map") if isinstance(value, dict) and path != Path(CONFIG) else {}
-            if not isinstance(value, dict) or not isinstance(places, dict) or _strangers(places, path, files):
+            names = places.values() if isinstance(value, dict) and isinstance(places, dict) else [None]
+            if not {(path.parent / name).as_posix() if isinstance(name, str) else "" for name in names} <= known:
                 raise ModelError(f"{folder / path} is damaged: save_pretrained writes something else. Put it back.")
-
-
-def _strangers(places: dict[str, Any], index: Path, files: Iterable[Path]) -> list[Any]:
-    known = {path.as_posix() for path in files}
-    names = {place: (index.parent / str(place)).as_posix() for place in map(str, places.values())}
-    return [place for place in places.values() if not isinstance(place, str) or names[place] not in known]
 
 
 def _refuse_stacked(folder: Path, names: Iterable[str], left_alone: Iterable[str]) -> None:
@@ -224,8 +220,9 @@ def measure(source: Path, groups: Sequence[Sequence[str]], ends: Sequence[str], 
     A head that is no embedding will have codes, too: transformers opens no folder with codes of an embedding.
     """
     folder, stored = source_tensors(source)
-    files = tuple((_cast(found, dtype), entries(folder / path)[1]) for path, found in stored.items())
-    every = {name: spec for specs, _ in files for name, spec in specs.items()}
+    specs = {path: {n: cast(entry, dtype)[0] for n, entry in found.items()} for path, found in stored.items()}
+    files = tuple((found, entries(folder / path)[1]) for path, found in specs.items())
+    every = {name: spec for found in specs.values() for name, spec in found.items()}
     units = {tuple(unit): [own for name in unit for own in stored_names(name)] for unit in (*groups, ends[1:]) if unit}
     largest = dict.fromkeys(name for names in units.values() for name in names)
     if strangers := [name for name in largest if f"{name}.weight" not in every]:
@@ -234,14 +231,10 @@ def measure(source: Path, groups: Sequence[Sequence[str]], ends: Sequence[str], 
             "quantize='int4', one type for all."
         )
     sizes = {unit: _sizes([every[f"{name}.weight"] for name in names]) for unit, names in units.items()}
-    most = sum(_bytes(specs, metadata, largest) for specs, metadata in files)
-    fixed = most - sum(map(_bytes_of_largest, (every[f"{name}.weight"] for name in largest)))
+    most = sum(_bytes(found, metadata, largest) for found, metadata in files)
+    fixed = most - sum(part.nbytes for name in largest for part in _largest(every[f"{name}.weight"]).values())
     weights = sum(prod(spec.shape) for spec in every.values())
     return FolderSize(fixed, sizes, tuple(ends[1:]), weights, files=files)
-
-
-def _cast(found: Mapping[str, Entry], dtype: torch.dtype) -> dict[str, Spec]:
-    return {name: cast(entry, dtype)[0] for name, entry in found.items()}
 
 
 def _bytes(specs: Mapping[str, Spec], metadata: Mapping[str, str], chosen: Mapping[str, Grid | None]) -> int:
@@ -268,10 +261,6 @@ def _fitting(spec: Spec) -> Iterable[tuple[str, Grid]]:
 def _largest(spec: Spec) -> dict[str, Spec]:
     found = [part_specs(spec, grid) for _, grid in _fitting(spec)]
     return {part: max((each[part] for each in found), key=lambda s: s.nbytes) for part in found[0]}
-
-
-def _bytes_of_largest(spec: Spec) -> int:
-    return sum(each.nbytes for each in _largest(spec).values())
 
 
 def _sizes(specs: Sequence[Spec]) -> dict[str, int]:

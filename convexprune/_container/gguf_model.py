@@ -155,7 +155,8 @@ def write_tokenizer(writer: gguf.GGUFWriter, folder: Path, words: int) -> None:
         return
     said = json.loads(path.read_text(encoding="utf-8"))
     merges_bytes = not said["model"].get("byte_fallback", False)
-    tokens, kinds = _tokens(Tokenizer.from_file(str(path)), said, words, merges_bytes)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokens, kinds = _tokens(tokenizer, said, words, merges_bytes)
     writer.add_tokenizer_model("gpt2" if merges_bytes else "llama")
     writer.add_tokenizer_pre(_split(said, path) if merges_bytes else "default")
     writer.add_token_list(tokens)
@@ -163,7 +164,8 @@ def write_tokenizer(writer: gguf.GGUFWriter, folder: Path, words: int) -> None:
         writer.add_token_scores(_scores(said, tokens))
     writer.add_token_types(kinds)
     special = gguf.SpecialVocab(folder, load_merges=merges_bytes, n_vocab=len(tokens))
-    special.add_special_token |= _added(Tokenizer.from_file(str(path)), special.special_token_ids)
+    ids, known = tokenizer.encode("a").ids, special.special_token_ids  # whether a text begins and ends with a token
+    special.add_special_token |= {"bos": ids[0] == known.get("bos"), "eos": ids[-1] == known.get("eos")}
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -216,9 +218,3 @@ def shown(parts: list[Any]) -> str:
     """Return a short text for parts of a tokenizer."""
     text = json.dumps(parts)
     return text if len(text) < 200 else f"{text[:200]}..."
-
-
-def _added(tokenizer: Tokenizer, special: dict[str, int]) -> dict[str, bool]:
-    """Return whether the tokenizer begins a text with its first token, and ends it with its last."""
-    ids = tokenizer.encode("a").ids
-    return {"bos": ids[0] == special.get("bos"), "eos": ids[-1] == special.get("eos")}

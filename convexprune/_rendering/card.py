@@ -92,7 +92,8 @@ def _removed(pattern: str) -> str:
 
 def metadata(report: Report, layout: str | None = None) -> ModelCardData:
     base, pattern = hub_name(report.recipe.get("model")), str(report.recipe.get("pattern"))
-    dataset = hub_dataset(report)
+    text = str(report.recipe.get("dataset"))  # a file, tokens, or text that the model wrote has no name on the hub
+    dataset = CORPORA[text].repository if text in CORPORA else hub_name(text) if "/" in text else None
     zeros: dict[str, Any] = {"sparsity": round(report.sparsity, 6)} if report.asks_for_zeros else {}
     kinds = [re.sub(r"[^\w:.\- ]", "", pattern)] if zeros or report.narrowed or not _grid(report) else []
     kept = {name: value for name, value in report.base.items() if name != "files"}
@@ -121,12 +122,6 @@ def hub_name(name: Any) -> str | None:
     except HFValidationError:
         return None
     return text
-
-
-def hub_dataset(report: Report) -> str | None:
-    """Return the data set's name on the hub; None for a file, tokens, or text written by the model."""
-    name = str(report.recipe.get("dataset"))
-    return CORPORA[name].repository if name in CORPORA else hub_name(name) if "/" in name else None
 
 
 def _results(report: Report) -> list[EvalResult]:

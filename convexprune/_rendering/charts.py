@@ -128,18 +128,14 @@ def grid(operators: Sequence[OperatorReport], value: Value, text: Callable[[floa
     kinds, layers = (list(dict.fromkeys(each)) for each in zip(*cells, strict=True)) if cells else ([], [])
     rows = [(layer, [cells.get((layer, kind)) for kind in layers]) for layer in kinds]
     ends = [text(v) for v in (min(means.values()), max(means.values()))] if means else ["", ""]
-    return Grid(_shortened(layers), rows, *ends)
+    last = [kind.rpartition(".")[2] for kind in layers]
+    return Grid(last if len(set(last)) == len(last) else layers, rows, *ends)
 
 
 def place(name: str) -> tuple[str, str]:
     """Split an operator's name into the layer's number and the name inside the layer, shared by all experts."""
     match = PLACE.fullmatch(name)
     return (match[1], re.sub(r"(?<=\.)\d+(?=\.)", "*", match[2])) if match else ("", name)
-
-
-def _shortened(kinds: Sequence[str]) -> list[str]:
-    last = [kind.rpartition(".")[2] for kind in kinds]
-    return last if len(set(last)) == len(last) else list(kinds)
 
 
 def _shades(values: Sequence[float], log: bool) -> Callable[[float], int | None]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -85,7 +85,8 @@ def _tiles(report: Report) -> Iterator[Tile]:
         yield Tile("lower bound", f"{report.median_bound_ratio:.2f}", "of the error no pruning avoids (median)")
     if report.bytes is not None:
         yield Tile("size", bytes_text(report.bytes), "on disk" if report.packed is None else "packed")
-    yield Tile("time", _time(sum(report.seconds.values())), _longest(report))
+    longest = "".join(f"{_time(lap)} of it: {phase}" for phase, lap in Counter(report.seconds).most_common(1))
+    yield Tile("time", _time(sum(report.seconds.values())), longest)
     if "process" in report.memory:
         peak = max((kind for kind in report.memory), key=lambda kind: (kind == "gpu", report.memory[kind]))
         yield Tile("peak memory", bytes_text(report.memory[peak]), "of the GPU" if peak == "gpu" else "of the process")
@@ -100,13 +101,6 @@ def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.0f} s"
-
-
-def _longest(report: Report) -> str:
-    if not report.seconds:
-        return ""
-    phase, seconds = max(report.seconds.items(), key=lambda item: item[1])
-    return f"{_time(seconds)} of it: {phase}"
 
 
 def _zeros(report: Report) -> Grid | None:

@@ -161,17 +161,14 @@ class RunFolder:
         if rank:
             self._wait()
         elif not self.is_unfinished and not self.is_finished:
-            self._begin(identity, tokens)
+            self.staging.clear()
+            with writing(self.work):
+                self.work.mkdir()
+            self._keep(tokens)
+            write_notes(self._run, identity)
         self._require_same(identity, tokens)
         if not rank and self.is_unfinished and not self._tokens_are_whole():
             self._keep(tokens)
-
-    def _begin(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
-        self.staging.clear()
-        with writing(self.work):
-            self.work.mkdir()
-        self._keep(tokens)
-        write_notes(self._run, identity)
 
     def _keep(self, tokens: Mapping[str, Tensor]) -> None:
         specs = {name: Spec.of(windows) for name, windows in tokens.items()}
