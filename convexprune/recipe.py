@@ -9,17 +9,9 @@ from pydantic import model_validator
 
 from convexprune._layerwise.allocation import check_rule
 from convexprune._layerwise.settings import LayerSettings, Refinement, TokenWeighting
+from convexprune._schema import settings as groups
 from convexprune._schema.group import checked
 from convexprune._schema.presets import PRESETS, PUBLISHED, Preset
-from convexprune._schema.settings import (
-    DataSettings,
-    DeviceSettings,
-    MethodSettings,
-    ModelSettings,
-    Rule,
-    RunSettings,
-    TargetSettings,
-)
 from convexprune._setting_types import make
 from convexprune.constraints import FAMILIES, Coded, Constraint, Grid, Grouped, Quantized, make_grid, parse_pattern
 from convexprune.errors import RecipeError, unknown
@@ -34,12 +26,11 @@ SOLVERS = tuple(name for name in solver_names() if name not in OTHERS)
 ALPHAS = {"gptaq": 0.25, "qep": 0.5}  # the corrections of quantizers that are published with one
 
 
-class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSettings, ModelSettings):
-    """Settings that decide a result: model, tokens, method, target. `convexprune._schema.settings` describes the
-    fields.
-
-    Some defaults depend on other settings (`_following`).
-    """
+class Recipe(
+    groups.DeviceSettings, groups.RunSettings, groups.MethodSettings, groups.TargetSettings, groups.DataSettings,
+    groups.ModelSettings,
+):  # fmt: skip
+    """Settings that decide a result (`convexprune._schema.settings`). Some defaults depend on others (`_following`)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -66,8 +57,13 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                         "asked."
                     )
         TokenWeighting.parse(self.token_weights)
-        self._check_refinement()
         pattern = self.build_pattern()
+        grid = pattern.grid
+        if Refinement.parse(self.refine) is not None and grid is not None and not isinstance(grid, Grid):
+            raise RecipeError(
+                f"refine={self.refine!r} moves the scales of whole numbers, int8 to int3, and {grid} is another grid. "
+                "Leave refine out."
+            )
         check_rule(self.allocation, pattern)
         if self.quantize in FAMILIES and self.allocation != "curve":
             raise RecipeError(
@@ -92,14 +88,6 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             )
         self._check_rules(pattern)
         return self
-
-    def _check_refinement(self) -> None:
-        grid = self.build_pattern().grid
-        if Refinement.parse(self.refine) is not None and grid is not None and not isinstance(grid, Grid):
-            raise RecipeError(
-                f"refine={self.refine!r} moves the scales of whole numbers, int8 to int3, and {grid} is another grid. "
-                "Leave refine out."
-            )
 
     @property
     def deviations(self) -> str | None:
@@ -197,14 +185,17 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         """Return pattern and pruner (None without a method) of every rule, where the recipe has the defaults."""
         return [(self._pattern_of(rule), self._pruner_of(rule)) for rule in self.rules]
 
-    def _pattern_of(self, rule: Rule) -> Constraint:
+    def _pattern_of(self, rule: groups.Rule) -> Constraint:
         pattern = rule.pattern or self.pattern
-        fixed = rule.pattern is not None and rule.sparsity is None and not _takes_share(pattern)
+        fixed = False
+        if rule.pattern is not None and rule.sparsity is None:  # a pattern that says its share, or has one share only
+            found = parse_pattern(pattern)
+            fixed = not found.continuous or str(found) == pattern
         sparsity = rule.sparsity if rule.sparsity is not None or fixed else self.sparsity
         quota = self.quota if pattern.startswith("unstructured") else "matrix"
         return self._on_grid(parse_pattern(pattern, sparsity, quota))
 
-    def _pruner_of(self, rule: Rule) -> AbstractPruner | None:
+    def _pruner_of(self, rule: groups.Rule) -> AbstractPruner | None:
         if rule.method is None:
             return None
         if rule.method not in METHODS:
@@ -294,12 +285,6 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
         "allocation": "curve" if mixed or given.get("bits") is not None else spread,
         **intended,
     }
-
-
-def _takes_share(pattern: str) -> bool:
-    """Return True if a pattern takes any share of zeros and does not contain a share."""
-    found = parse_pattern(pattern)
-    return found.continuous and str(found) != pattern
 
 
 def make_recipe(**settings: Any) -> Recipe:

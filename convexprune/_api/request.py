@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune._api.given import Sources, Windows, check_copies, executor_for, name_of_text, run_warnings, team_size
-from convexprune._container.layouts import LAYOUTS, Size, imported
+from convexprune._container.layouts import Size, imported
 from convexprune._device.machine import (
     Clock,
     check_threads,
@@ -42,6 +42,7 @@ from convexprune.adapters._inspection.outline import what_needs_less
 from convexprune.adapters._removal import find_removal
 from convexprune.adapters._removal.base import AbstractRemoval
 from convexprune.adapters._types import TypeChoice, alike, ends, on_grid
+from convexprune.constraints import FAMILIES
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OnOperator, Report
@@ -116,7 +117,7 @@ class Request:
             self.layers = replace(self.layers, patterns=self.removal.patterns)
         self.layers = with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
-        if self.recipe.quantize in LAYOUTS:
+        if self.recipe.quantize in FAMILIES:
             self._measure(loaded, self.recipe.quantize)
         weighting = TokenWeighting.parse(self.recipe.token_weights)
         needs = {

@@ -165,7 +165,7 @@ def names(as_json: AsJson = False) -> None:
     families = "; ".join(found["families"])  # some names have commas
     table.add_row("families", f"tested: {families}. Others are found out by watching them run, or refused")
     for number, (name, penalties) in enumerate(found["solvers"].items()):
-        takes = ", ".join(_PENALTIES.get(each, each) for each in penalties)
+        takes = ", ".join(_PENALTIES.get(each) or each for each in penalties)
         use = "prune --solver" if name in SOLVERS else "refits, not prune --solver"
         table.add_row("" if number else "solvers", f"{name}, for {use}; takes {takes}")
     for name in ("methods", "presets"):

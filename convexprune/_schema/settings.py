@@ -176,8 +176,9 @@ class MethodSettings(Settings):
     )
     solver: str = setting(
         "fista",
-        "Solver of the method convex: fista, admm; for very small models cvxpy, scipy (minutes each).",
-        choices=("fista", "admm", "cvxpy", "scipy"),
+        "Solver of the method convex: fista, admm; sklearn (needs scikit-learn); for very small models cvxpy, scipy "
+        "(minutes each).",
+        choices=("fista", "admm", "cvxpy", "scipy", "sklearn"),
     )
     preset: str | None = setting(
         None,
