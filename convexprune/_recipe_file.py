@@ -1,6 +1,7 @@
 """recipe.yaml: the recipe beside a result, written by a run and read again by whoever has the folder."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,13 +31,17 @@ def given(value: object) -> str:
     return f"{type(value).__name__}{GIVEN}"
 
 
-def read_recipe(place: Path) -> Recipe:
-    """Return the recipe of a file or of a run's folder. The folder may be a stranger's."""
-    path = place if place.is_file() else place / RECIPE
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of a YAML file, which may be a stranger's."""
     try:
         given = load_yaml(read_text(path, LONGEST))
     except (yaml.YAMLError, ValueError, RecursionError) as cause:
         raise RecipeError(f"{path} is damaged, or no recipe: {' '.join(str(cause).split())[:200]}.") from cause
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise RecipeError(f"{path} is damaged, or no recipe: it is no list of settings and their values.")
-    return make_recipe(**given)
+    return given
+
+
+def read_recipe(place: Path) -> Recipe:
+    """Return the recipe of a file or of a run's folder."""
+    return make_recipe(**read_settings(place if place.is_file() else place / RECIPE))

@@ -8,11 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from convexprune._recipe_file import LONGEST
-from convexprune._schema.group import load_yaml
-from convexprune._storage.files import read_text
+from convexprune._recipe_file import read_settings
 from convexprune.core._allocation import OUTLIER, OWL_REACH
 from convexprune.errors import RecipeError, shown
 from convexprune.recipe import make_recipe
@@ -36,7 +32,7 @@ class Modifier(NamedTuple):
 
 
 def from_llmcompressor(file: Path) -> dict[str, Any]:
-    modifiers = [_translated(name, given or {}) for name, given in _modifiers(_read(file))]
+    modifiers = [_translated(name, given or {}) for name, given in _modifiers(read_settings(file.expanduser()))]
     if not modifiers:
         raise RecipeError(f"{file} has no pruning modifier. Known: {', '.join(METHODS)}.")
     first, *others = modifiers
@@ -47,16 +43,6 @@ def from_llmcompressor(file: Path) -> dict[str, Any]:
     settings |= {"prefix": "pruned", "error_correction": 0.0} | ({"rules": rules} if rules else {})
     make_recipe(**settings)
     return {name: value for name, value in settings.items() if value != []}
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        recipe = load_yaml(read_text(file.expanduser(), LONGEST))
-    except (yaml.YAMLError, ValueError, RecursionError) as cause:
-        raise RecipeError(f"{file} is no recipe: {' '.join(str(cause).split())[:200]}.") from cause
-    if not isinstance(recipe, dict):
-        raise RecipeError(f"{file} is no recipe of llm-compressor: it has no stages.")
-    return recipe
 
 
 def _modifiers(recipe: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:

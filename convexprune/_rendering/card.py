@@ -1,12 +1,16 @@
-"""The model card README.md with the metadata of the hub, and the sparsity entry of config.json."""
+"""The model card README.md with the metadata of the hub, the sparsity entry of config.json, and texts of templates."""
 
 import re
+import shlex
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedModel
 
 from convexprune._recipe_file import GIVEN
@@ -17,7 +21,53 @@ from convexprune.adapters import CORPORA
 from convexprune.report import Report
 
 from .facts import command_of, facts, name_of_model, text_of_evaluation
-from .templates import code, text_of, visible
+
+MARKDOWN = re.compile(r"([\\`*_\[\]<>#|&~$])")
+
+
+def text_of(template: str, **values: Any) -> str:
+    return visible(_environment().get_template(template).render(values))
+
+
+def markdown(value: object) -> str:
+    return MARKDOWN.sub(r"\\\1", _line(value))
+
+
+def code(value: object) -> str:
+    text = _line(value)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def fenced(text: str, language: str) -> str:
+    """Return a code block of Markdown. Backticks in the text cannot end the block."""
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def visible(text: str) -> str:
+    """Return a text with a sign in place of each control character; they could rewrite a terminal or hide text."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
+@cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("convexprune", "_rendering"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Callable[..., str]] = {"md": markdown, "code": code, "fenced": fenced, "shell": shlex.quote}
+    made.filters.update(filters)
+    return made
+
 
 FOLDER, RUN = "DIR", "RUN"  # names in the card of the result's place and, in the card of an export, of the run's
 METRICS = {"value": "perplexity", "kl": "kl divergence from dense"}  # by their names in the report

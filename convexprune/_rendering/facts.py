@@ -130,7 +130,8 @@ def _calibration(report: Report) -> Iterator[Fact]:
     if (dataset := report.recipe.get("dataset")) is None:
         return
     text = str(dataset)
-    of = "of text that the model wrote itself" if text == "self" else _of(text)
+    of = "that the caller gave" if text.endswith(GIVEN) else f"of {short(text)}"
+    of = "of text that the model wrote itself" if text == "self" else of
     yield Fact("calibration", f"{max((o.tokens for o in report.operators), default=0):,} tokens {of}")
 
 
@@ -166,10 +167,6 @@ def text_of_evaluation(report: Report) -> str:
     if text == "held-out":
         return "the held-out samples"
     return "the text that the caller gave" if text.endswith(GIVEN) else f"the text {short(text)}"
-
-
-def _of(text: str) -> str:
-    return "that the caller gave" if text.endswith(GIVEN) else f"of {short(text)}"
 
 
 def _perplexity(report: Report) -> Iterator[Fact]:

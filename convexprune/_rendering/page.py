@@ -16,9 +16,9 @@ from convexprune.errors import OutputError
 from convexprune.report import Report
 
 from . import charts
+from .card import text_of
 from .charts import SHADES, Grid, grid
 from .facts import bytes_text, command_of, costs, facts, name_of_model, next_steps, reason, worst
-from .templates import text_of
 
 WORST = 8
 LISTED = 2000  # operators; of more, the page has the worst only

@@ -21,9 +21,8 @@ from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._api import calls
 from convexprune._cli.pruning import summary
-from convexprune._rendering.card import card, hub_name, sparsity_settings
+from convexprune._rendering.card import card, code, fenced, hub_name, sparsity_settings
 from convexprune._rendering.facts import command_of, facts, reason
-from convexprune._rendering.templates import code, fenced
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport, Report
 

@@ -138,7 +138,7 @@ def test_several_modifiers_are_rules(build, tmp_path: Path):
         ("args: {sparsity: 0.5}", "args cannot be translated"),
         ("quant_stage: {quant: 3}", "quant_stage.quant cannot be translated"),
         ("a_stage: {}", "no pruning modifier"),
-        ("- 3", "it has no stages"),
+        ("- 3", "it is no list of settings"),
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
     ],
 )  # fmt: skip
