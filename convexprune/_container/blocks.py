@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convexprune._container.chosen import stored_names
+from convexprune._container.layouts import stored_names
 from convexprune._runs.folder import BLOCKS
 from convexprune._storage.tensors import DTYPES, Entry, Spec, entries, raw
 from convexprune.constraints import FAMILIES, Block, make_grid
