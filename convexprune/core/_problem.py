@@ -131,6 +131,7 @@ def row_gaps(
     slack: Tensor,
     dear: bool = False,
     doubt: float = 0.0,
+    near: bool = True,
 ) -> Tensor:
     """Return the duality gap of each row [m], at a weight V [m n] with residual K, values q [m] and slack p [m].
 
@@ -146,8 +147,8 @@ def row_gaps(
                      domain anyway)
         subgradient  S in dp(V) nearest to K, with the same c: nothing else is left, so that it falls with the square of
                      the distance to the optimum, where clipping falls with the distance. Where a penalty knows none,
-                     K + (V - U) / t at U = prox(V + t K) is one at U, and p(V) - p(U) - <S, V - U> is left. With
-                     t = 1 / max H_jj it is as large as K: V alone may be 1e12 times as large
+                     V + K - U at U = prox(V + K) is one at U, and p(V) - p(U) - <S, V - U> is left. Only for
+                     `near` units: the rounding of V, which may be 1e12 times as large as K, is in it
 
     On a support the second and the third are one. All terms are non-negative sums, so nothing cancels near the optimum.
     What the energy's own rounding hides is added. Where H is not definite, or next to it, the scaling alone is left, or
@@ -172,10 +173,9 @@ def row_gaps(
     dual = penalty.subgradient(weight, residual)
     if dual is not None:
         gaps = least(gaps, quadratic.inverse_form(residual - dual))
-    elif not isinstance(penalty, Elementwise):  # of a sum over entries that is the clipping
-        step = 1 / float(quadratic.scale().amax()) ** 2
-        ahead = penalty.forward_backward(weight, residual, step)
-        dual = residual + (weight - ahead) / step
+    elif near and not isinstance(penalty, Elementwise):  # of a sum over entries that is the clipping
+        ahead = penalty.forward_backward(weight, residual, 1.0)
+        dual = weight + residual - ahead
         rest = slack - penalty.values(ahead) - torch.linalg.vecdot(dual, weight - ahead)
         rest = rest.mean().expand_as(rest) if penalty.couples_rows else rest
         gaps = least(gaps, quadratic.inverse_form(residual - dual) + rest.clamp_min(0))
@@ -280,7 +280,7 @@ def _certified(problem: Problem, point: Tensor, precise: bool, residual: Tensor 
     definite = not precise or isinstance(quadratic, InParts)
     doubt = 0.0 if definite else given.unit_free[0].doubt * ratio
     at = problem, point, residual, values, slack
-    gaps = row_gaps(*at, dear=precise, doubt=doubt) if convex else torch.full_like(values, inf)
+    gaps = row_gaps(*at, dear=precise, doubt=doubt, near=precise) if convex else torch.full_like(values, inf)
     kkt = [inf] * len(given.parts)
     if precise:
         scale = problem.penalty.units(quadratic.scale())

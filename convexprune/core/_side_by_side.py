@@ -16,6 +16,8 @@ from convexprune.core._quadratic import Quadratic
 from convexprune.core._sum_of_squares import UNKNOWN, Cache
 from convexprune.core._symmetric import cholesky, power_of_two
 
+LARGEST = 2**27  # numbers in a stack of Gram matrices: 1 GiB
+
 
 @dataclass(frozen=True, eq=False)
 class SideBySide(Quadratic):
@@ -124,7 +126,7 @@ def joined(problems: Sequence[Problem]) -> Problem | None:
         quadratics = [each.at(None) for each in quadratics]
     gram = quadratics[0].gram
     if any(each.gram is not gram for each in quadratics):
-        return Problem(SideBySide.of(quadratics), penalty)
+        return None if len(gram) ** 2 * len(problems) > LARGEST else Problem(SideBySide.of(quadratics), penalty)
     cross, energy, anchor, bound, cache = _joined(quadratics, gram)[1:]
     cache.problems = len(quadratics)
     return Problem(Quadratic(gram, cross, energy, anchor, bound, cache, checked=False), penalty)

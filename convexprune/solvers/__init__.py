@@ -12,6 +12,7 @@ from torch import Tensor
 from convexprune._progress import begin
 from convexprune._setting_types import make
 from convexprune.core import Problem
+from convexprune.core._abstract_penalty import Elementwise
 from convexprune.core._arrays import TENSORS, Array
 from convexprune.core._side_by_side import joined
 from convexprune.errors import DependencyError, ProblemError, RecipeError, install_hint, unknown
@@ -96,8 +97,8 @@ def solve_all(
     """Solve many problems in one call. Each has a certificate, and meets the tolerance for itself.
 
     Problems of equal shape with penalties of one kind, sums over entries, are solved together: as rows if they share
-    the tensor of a Gram matrix, and with Gram matrices of their own by `fista`, `admm` and `cg`, and on a GPU. Others
-    are solved one after another.
+    the tensor of a Gram matrix, else with a stack of Gram matrices, except by `sklearn` and `working-set`. Others are
+    solved one after another.
 
     Args:
         problems: min q + p of each.
@@ -117,10 +118,11 @@ def solve_all(
         raise ProblemError(f"{len(given)} starts for {len(problems)} problems; give one for each, or None.")
     groups, found = dict[Any, list[int]](), dict[int, Solution]()
     for i, problem in enumerate(problems):
-        groups.setdefault(made.batch_key(problem), []).append(i)
-    for key, numbers in groups.items():
+        q, gram = problem.quadratic, id(problem.quadratic.gram) if made.batches == "rows" else None
+        groups.setdefault((gram, q.shape, q.cross.dtype, q.cross.device, type(problem.penalty)), []).append(i)
+    for numbers in groups.values():
         group, begin_at = [problems[i] for i in numbers], [given[i] for i in numbers]
-        whole = joined(group) if key is not None and len(group) > 1 else None
+        whole = joined(group) if made.batches and len(group) > 1 else None
         if whole is None:
             each = [solve(problem, made, start) for problem, start in zip(group, begin_at, strict=True)]
         else:
@@ -189,7 +191,9 @@ def path(
     made = _made(solver, settings, problem)
     posed = {factor: Problem(problem.quadratic, problem.penalty.times(factor)) for factor in factors}
     ordered, found, done = sorted(posed, reverse=True), dict[float, Solution](), begin("path", len(posed))
-    together = max(1, AT_ONCE // (problem.shape[0] * problem.shape[1] ** 2)) if made.batch_key(problem) else 1
+    together = max(1, AT_ONCE // (problem.shape[0] * problem.shape[1] ** 2))
+    if not made.batches or not isinstance(problem.penalty, Elementwise):
+        together = 1
     for first in range(0, len(ordered), together):
         part = ordered[first : first + together]
         starts = [found[ordered[first - 1]].weight] * len(part) if first else None

@@ -11,7 +11,7 @@ from convexprune._setting_types import Count, NotNegative
 from convexprune.core import AbstractPenalty, Problem, Support
 from convexprune.errors import UnsupportedError
 from convexprune.solvers._admm import ADMM
-from convexprune.solvers._base import AbstractSolver, Solution, Status, batch_key
+from convexprune.solvers._base import AbstractSolver, Solution, Status
 from convexprune.solvers._cg import ConjugateGradient
 from convexprune.solvers._fista import FISTA
 from convexprune.solvers._working_set import WorkingSet
@@ -31,6 +31,8 @@ class Auto(AbstractSolver):
         max_iterations: the largest number of iterations of the chosen solver.
     """
 
+    batches = "stacks"
+
     tolerance: NotNegative = 1e-4
     max_iterations: Count = 5000
 
@@ -38,9 +40,6 @@ class Auto(AbstractSolver):
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
         """Every penalty has a solver."""
         return (AbstractPenalty,)
-
-    def batch_key(self, problem: Problem) -> object:
-        return batch_key(problem, one_gram=is_host(problem.quadratic.cross.device))
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""

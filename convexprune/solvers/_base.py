@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import inf, isfinite
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from convexprune._setting_types import check_settings
 from convexprune.core import AbstractPenalty, Certificate, Problem, certify
-from convexprune.core._abstract_penalty import Elementwise
 from convexprune.core._arrays import Shown
 from convexprune.core._problem import certify_each
 from convexprune.errors import ProblemError, UnsupportedError
@@ -169,6 +168,9 @@ class AbstractSolver(ABC):
         RecipeError: a setting of a dataclass has a wrong type, or is out of range.
     """
 
+    batches: ClassVar[Literal["", "rows", "stacks"]] = ""
+    """Problems that it solves together: as rows of one Gram matrix, or with a stack of Gram matrices, too."""
+
     def __post_init__(self) -> None:
         check_settings(self)
 
@@ -192,17 +194,6 @@ class AbstractSolver(ABC):
             UnsupportedError: the penalty is not one of `penalties`.
             ProblemError: `start` is not shaped like the problem.
         """
-
-    def batch_key(self, problem: Problem) -> object:
-        """Return a key of problems that the solver can solve together, as rows of one problem.
-
-        Args:
-            problem: min q + p.
-
-        Returns:
-            The key, equal for all of them; None if the problem is solved alone.
-        """
-        return None
 
     def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
         """Go some way towards the minimum; the next problem is posed from the answer.
@@ -264,13 +255,6 @@ def promised_gap(solver: AbstractSolver) -> float:
 
 def _is_ours(solver: AbstractSolver) -> bool:
     return type(solver).__module__.startswith(f"{__package__}.")
-
-
-def batch_key(problem: Problem, one_gram: bool) -> object:
-    """Return the key of problems that `joined` can join."""
-    q, penalty = problem.quadratic, problem.penalty
-    gram = id(q.gram) if one_gram else None
-    return (gram, q.shape, q.cross.dtype, q.cross.device, type(penalty)) if isinstance(penalty, Elementwise) else None
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:

@@ -12,7 +12,7 @@ from convexprune._device.precision import product
 from convexprune._setting_types import Count, NotNegative, Whole
 from convexprune.core import AbstractPenalty, Problem, Quadratic, Support
 from convexprune.core._problem import certify_each
-from convexprune.solvers._base import AbstractSolver, Solution, Status, batch_key, initial, require_penalty
+from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class ConjugateGradient(AbstractSolver):
             Where the inverse has a constant diagonal (`saliency_coordinates`), fewer iterations are needed without.
     """
 
+    batches = "stacks"
+
     tolerance: NotNegative = 1e-4
     max_iterations: Whole = 200
     check_every: Count = 5
@@ -48,9 +50,6 @@ class ConjugateGradient(AbstractSolver):
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
         """Only a fixed support makes the problem linear."""
         return (Support,)
-
-    def batch_key(self, problem: Problem) -> object:
-        return batch_key(problem, one_gram=False)
 
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:

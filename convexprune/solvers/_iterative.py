@@ -17,7 +17,6 @@ from convexprune.solvers._base import (
     Solution,
     Status,
     StepResult,
-    batch_key,
     certified,
     initial,
     require_penalty,
@@ -41,6 +40,8 @@ class AbstractIterative(AbstractSolver):
         precise: compute the final certificate in float64; else in the problem's dtype, three times cheaper.
     """
 
+    batches = "stacks"
+
     tolerance: NotNegative = 1e-4
     max_iterations: Count = 2000
     check_every: Count = 20
@@ -51,9 +52,6 @@ class AbstractIterative(AbstractSolver):
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
         """Every penalty has a prox."""
         return (AbstractPenalty,)
-
-    def batch_key(self, problem: Problem) -> object:
-        return batch_key(problem, one_gram=False)
 
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:

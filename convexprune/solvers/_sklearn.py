@@ -16,7 +16,7 @@ from torch import Tensor
 from convexprune._setting_types import Count, NotNegative, Positive
 from convexprune.core import L1, AbstractPenalty, ElasticNet, Problem
 from convexprune.errors import UnsupportedError
-from convexprune.solvers._base import AbstractSolver, Solution, Status, batch_key, certified, initial, require_penalty
+from convexprune.solvers._base import AbstractSolver, Solution, Status, certified, initial, require_penalty
 from convexprune.solvers._working_set import prices
 
 REFUSED = (
@@ -37,6 +37,8 @@ class ScikitLearn(AbstractSolver):
         largest: end with `ITERATION_LIMIT` where rows have more non-zero weights on average, or one meets the limit.
     """
 
+    batches = "rows"
+
     tolerance: NotNegative = 1e-4
     max_iterations: Count = 1000
     largest: Positive | None = None
@@ -45,9 +47,6 @@ class ScikitLearn(AbstractSolver):
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
         """L1, and the elastic net, of positive and finite strengths; bounds are zero or none."""
         return (L1, ElasticNet)
-
-    def batch_key(self, problem: Problem) -> object:
-        return batch_key(problem, one_gram=True)
 
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
@@ -110,7 +109,7 @@ class _Row(NamedTuple):
             return np.zeros((len(prices), len(start))), 0
         inputs, target, whole = np.zeros((1, len(start)), order="F"), np.array([self.energy**0.5]), 1 + self.ridge
         _, path, _, made = enet_path(
-            inputs, target, l1_ratio=1 / whole, alphas=np.array(prices) * whole, precompute=self.gram, Xy=self.cross,
+            inputs, target, l1_ratio=1 / whole, alphas=np.array(prices) * whole, precompute=self.gram, Xy=self.cross,  # pyright: ignore[reportArgumentType]
             coef_init=start * self.unit, positive=self.positive, tol=near, max_iter=passes, check_input=False,
             return_n_iter=True,
         )  # fmt: skip

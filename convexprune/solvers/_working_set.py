@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convexprune._setting_types import Count, NotNegative, Positive
 from convexprune.core import L1, AbstractPenalty, ElasticNet, Problem
-from convexprune.solvers._base import AbstractSolver, Solution, Status, batch_key, certified, initial, require_penalty
+from convexprune.solvers._base import AbstractSolver, Solution, Status, certified, initial, require_penalty
 
 FALL = 3.0  # of the strengths from a round to the next
 FIRST = 8  # inputs that may enter an empty working set
@@ -42,6 +42,8 @@ class WorkingSet(AbstractSolver):
         largest: end with `ITERATION_LIMIT` where the mean working set would have more inputs.
     """
 
+    batches = "rows"
+
     tolerance: NotNegative = 1e-4
     max_iterations: Count = 100
     largest: Positive | None = None
@@ -50,9 +52,6 @@ class WorkingSet(AbstractSolver):
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
         """L1, and what adds a parabola or bounds by entry."""
         return (L1, ElasticNet)
-
-    def batch_key(self, problem: Problem) -> object:
-        return batch_key(problem, one_gram=True)
 
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:

@@ -129,5 +129,6 @@ def test_no_claim_about_a_random_problem_is_wrong(fifty: int):
     assert not {number: each for number, each in found.items() if each}
 
 
-def test_a_certificate_in_units_far_from_one_holds_without_float64_coordinates():
-    assert not faults(1239)  # fused; weights are 1e12 times as large as residuals
+@pytest.mark.parametrize("number", [394, 1239])
+def test_a_certificate_in_units_far_from_one_holds_without_float64_coordinates(number: int):
+    assert not faults(number)  # fused; weights are up to 1e12 times as large as residuals
