@@ -79,7 +79,9 @@ class HuggingFaceModel(ProbedModel):
         """Choose the operators to prune, by patterns of `left_alone`; a `reason` is named `because`, as there."""
         reasons = left_alone(self.model, self._layouts, targets, ignore, **reason)
         left = reasons.keys()
-        self.layers = [self._layouts[layer.name].bind(layer.name, layer.module, left) for layer in self.layers]
+        self.layers = [
+            self._layouts[layer.name].bind(layer.name, module=layer.module, left_alone=left) for layer in self.layers
+        ]
         self.left_alone = list(reasons.items())
 
     @contextmanager
