@@ -190,6 +190,9 @@ def _certificates(report: Report) -> Iterator[Fact]:
             f"it is proven that no pruning has less than {report.median_bound_ratio:.2f} of the error (median); "
             "what is possible may be much nearer to 1",
         )
+    if over := [o.facts["codes_over_best"] for o in report.operators if "codes_over_best" in o.facts]:
+        text = f"the error of a few rows is {median(over):.3f} of the least that a wide beam of sweeps finds (median)"
+        yield Fact("codes", text)
 
 
 def _download(report: Report) -> Iterator[Fact]:

@@ -1,8 +1,8 @@
 """Values that weights may take: a table of multiples, times scales that groups of a row share, less offsets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
 
@@ -38,6 +38,11 @@ class Scales:
         """Return these scales in `rows` (a mask [m]), and those of `other` elsewhere."""
         pairs = zip(self._tensors, other._tensors, strict=True)
         return self._like(torch.where(rows[:, None], own, its) for own, its in pairs)
+
+    def put(self, rows: Tensor, part: "Scales") -> "Scales":
+        """Return these scales with those of a `part` in place of the rows with these numbers."""
+        pairs = zip(self._tensors, part._tensors, strict=True)
+        return self._like(own.index_copy(0, rows, new) for own, new in pairs)
 
     @staticmethod
     def cat(parts: "Sequence[Scales]") -> "Scales":
@@ -101,6 +106,13 @@ class Codebook(ABC):
         """Return the nearest values; `multiples` may be overwritten."""
         values, middles = _table(self.values, multiples.dtype, multiples.device)
         return values[torch.bucketize(multiples, middles)]
+
+    def around(self, multiples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nearest values, and those on the other side of the multiples, or the same again at an end."""
+        near = self.nearest(multiples.clone())
+        values, middles = _table(self.values, multiples.dtype, multiples.device)
+        place = torch.bucketize(near, middles) + torch.where(multiples < near, -1, 1)
+        return near, values[place.clamp_(0, len(values) - 1)]
 
     def chooser(self, codes: Tensor, price: float) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that chooses a column's codes [m] by the best multiples and the curvature of the error.
@@ -244,6 +256,7 @@ class OnGrid:
     grid: Codebook
     scales: Scales
     codes: Tensor
+    facts: Mapping[str, float] = field(default_factory=dict)  # for the report
 
     @classmethod
     def nearest(cls, grid: Codebook, weight: Tensor, scales: Scales) -> "OnGrid":
@@ -252,6 +265,22 @@ class OnGrid:
     @property
     def weight(self) -> Tensor:
         return self.grid.weight(self.codes, self.scales)
+
+    def rows(self, chosen: Tensor) -> "OnGrid":
+        """Return the rows with the numbers `chosen`; scales that rows share stay as they are."""
+        scales = self.scales.map(lambda each: each[chosen]) if self.grid.by_row else self.scales
+        return OnGrid(self.grid, scales, self.codes[chosen])
+
+    def put(self, rows: Tensor, part: "OnGrid") -> "OnGrid":
+        """Return the weight with a `part` in place of these rows; scales that rows share are those of the part."""
+        codes = self.codes.index_copy(0, rows, part.codes)
+        return OnGrid(self.grid, self.scales.put(rows, part.scales) if self.grid.by_row else part.scales, codes)
+
+    def where(self, rows: Tensor, other: "OnGrid") -> "OnGrid":
+        """Return these `rows` (a mask [m]), and those of `other` elsewhere."""
+        return OnGrid(
+            self.grid, self.scales.where(rows, other.scales), torch.where(rows[:, None], self.codes, other.codes)
+        )
 
 
 @cache

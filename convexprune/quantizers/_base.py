@@ -34,6 +34,7 @@ class AbstractQuantizer(ABC):
             moments = problem.moments.with_dead_inputs_filled(problem.weight)
             filled = replace(problem, moments=moments.with_errors(problem.moments.errors))
         blocks: list[Tensor | None] = [None] * len(parts)
+        facts = dict(pruned.facts)
         for grid, numbers in _together(grids):
             own = [torch.arange(parts[number][0].start, parts[number][0].stop) for number in numbers]
             rows = torch.cat(own).to(weight.device)
@@ -41,11 +42,12 @@ class AbstractQuantizer(ABC):
             mask = pruned.mask[rows]
             on_grid = self.on_grid(part, replace(pruned, weight=weight[rows], mask=mask), grid)
             weight[rows] = on_grid.weight * mask
+            facts |= on_grid.facts
             if (packed := grid.pack(on_grid.codes, on_grid.scales)) is not None:
                 for number, data in zip(numbers, packed.split([len(each) for each in own]), strict=True):
                     blocks[number] = data
         kept = tuple(blocks) if any(data is not None for data in blocks) else ()
-        return replace(pruned, weight=weight, mask=weight != 0, blocks=kept)
+        return replace(pruned, weight=weight, mask=weight != 0, blocks=kept, facts=facts)
 
     @abstractmethod
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:

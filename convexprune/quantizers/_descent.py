@@ -1,12 +1,12 @@
 """Our quantizer: a sweep or rounding to begin with, then codes and scales in turn, each the best for the other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from convexprune._setting_types import NotNegative, Whole
+from convexprune._setting_types import Count, NotNegative, Whole
 from convexprune.constraints import Codebook, OnGrid, Scales
 from convexprune.core import Quadratic
 from convexprune.pruners import LayerEdit, LayerProblem, choose_damping, damped
@@ -15,6 +15,7 @@ from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 
 RIDGE = 1e-4  # of the equations of scales, relative: groups whose codes are all zero have none
 ROOM = 2**26  # entries of these equations, of some rows at a time
+JUDGED, WIDE = 4, 64  # rows whose error is compared with what a beam of so many sweeps finds
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,23 @@ class Descent(AbstractQuantizer):
     (QuantEase, arXiv 2309.01885), so that the error never grows. For given codes it is a quadratic of a row's scales,
     whose minimum is one small solve. The scales are rounded to bfloat16, and the codes descend again.
 
+    With the scales of this answer a dense weight then begins a second time, with a beam: sweeps that branch at every
+    column (the M-algorithm, or K-best sphere decoding). They descend likewise, and the better answer of a row stays.
+
     Coded weights have a scale for each column, with which an error of half a step costs the same in every column
-    (WaterSIC, arXiv 2603.04956), and what descends is the error plus the bits at a price.
+    (WaterSIC, arXiv 2603.04956), and what descends is the error plus the bits at a price. They have no beam.
+
+    Args:
+        sweeps: over all columns, before and after the scales, at most. A row in which no code moves is done.
+        rounds: how often scales and codes take turns, at most; 0: the scales stay as they begin.
+        beam: sweeps of the beam; 1: none. The report compares the error of a few rows with what a beam of 64 finds.
+        damping: as of the pruners; None: of the pruner that found the zeros, or from the sample's noise.
     """
 
-    sweeps: Whole = 2  # over all columns, before and after the scales
-    rounds: Whole = 1  # in which scales and codes take turns; 0: the scales stay as they begin
-    damping: NotNegative | None = None  # None: of the pruner that found the zeros, or from the sample's noise
+    sweeps: Whole = 3
+    rounds: Whole = 2
+    beam: Count = 8
+    damping: NotNegative | None = None
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         damping = choose_damping(problem, self.damping) if self.damping is not None else pruned.damping
@@ -47,32 +58,59 @@ class Descent(AbstractQuantizer):
         sweep = cache(lambda: Sweep(gram))
 
         def attempt(rows: slice, scales: Scales) -> OnGrid:
-            found, mask = OnGrid.nearest(grid, weight[rows], scales), pruned.mask[rows]
+            own, begin, mask = quadratic.rows(rows), weight[rows], pruned.mask[rows]
+            found = OnGrid.nearest(grid, begin, scales)
             if dense:
-                found = sweep().onto(weight[rows], found, mask)
-            price = grid.price(scales, lambda: sweep().shape)
-            return self._descended(quadratic.rows(rows), found, mask, price)
+                found = sweep().onto(begin, found, mask)
+            found = self._descended(own, found, mask, grid.price(scales, lambda: sweep().shape))
+            if not dense or not grid.by_row or self.beam == 1:
+                return found
+            return self._better(own, found, sweep().beam(begin, found, self.beam))
 
-        return grid.search(weight, lambda: sweep().shape, lambda groups: groups.fit(weight, gram.diagonal()), attempt)
+        found = grid.search(weight, lambda: sweep().shape, lambda kind: kind.fit(weight, gram.diagonal()), attempt)
+        if not dense or not grid.by_row:
+            return found
+        some = torch.linspace(0, len(weight) - 1, min(JUDGED, len(weight)), device=weight.device).long()
+        return replace(found, facts=self._judged(quadratic.rows(some), weight[some], found.rows(some), sweep()))
+
+    def _better(self, quadratic: Quadratic, found: OnGrid, other: OnGrid) -> OnGrid:
+        """Return the better of two answers in each row, once the other one has descended."""
+        other = self._descended(quadratic, other, torch.ones_like(other.codes, dtype=torch.bool), 0.0)
+        return other.where(quadratic.values(other.weight) < quadratic.values(found.weight), found)
+
+    def _judged(self, quadratic: Quadratic, weight: Tensor, found: OnGrid, sweep: Sweep) -> dict[str, float]:
+        """Return the mean error of some rows over that of the best answer that a wide beam finds from theirs."""
+        best = self._better(quadratic, found, sweep.beam(weight, found, WIDE))
+        values, least = quadratic.values(found.weight), quadratic.values(best.weight)
+        return {"codes_over_best": float((values / least.clamp_min(torch.finfo(least.dtype).tiny)).mean())}
 
     def _descended(self, quadratic: Quadratic, found: OnGrid, mask: Tensor, price: float) -> OnGrid:
-        """Codes, scales and codes in turn; scales only where groups of a row have theirs."""
-        residual = quadratic.residual(found.weight)
+        """Codes, scales and codes in turn, in rows where something moves; scales only where rows share none."""
+        residual, rows = quadratic.residual(found.weight), torch.arange(len(mask), device=mask.device)
         for round_number in range(1 + (self.rounds if found.grid.by_row else 0)):
             if round_number:
-                found, residual = _rescaled(quadratic, found, residual)
+                better, part, rest = _rescaled(quadratic.rows(rows), found.rows(rows), residual[rows])
+                found, residual[rows] = found.put(rows, part), rest
+                rows = rows[better]
+            moving = rows
             for _ in range(self.sweeps):
-                found, residual = exchanged(quadratic.gram, found, residual, mask, price)
+                if not len(moving):
+                    break
+                part, rest = exchanged(quadratic.gram, found.rows(moving), residual[moving], mask[moving], price)
+                moved = (part.codes != found.codes[moving]).any(1)
+                found, residual[moving] = found.put(moving, part), rest
+                moving = moving[moved if found.grid.by_row else moved.any().expand_as(moved)]
+            if not len(rows):
+                break
         return found
 
 
-def _rescaled(quadratic: Quadratic, found: OnGrid, residual: Tensor) -> tuple[OnGrid, Tensor]:
-    """Return the codes with better scales, in the rows where rounding leaves them better, and the residual there."""
+def _rescaled(quadratic: Quadratic, found: OnGrid, residual: Tensor) -> tuple[Tensor, OnGrid, Tensor]:
+    """Return the rows that rounded better scales improve (a mask), the codes with these there, and the residual."""
     fitted = OnGrid(found.grid, fitted_scales(quadratic.gram, found, residual), found.codes)
     after = quadratic.residual(fitted.weight)
     better = quadratic.values(fitted.weight, after) < quadratic.values(found.weight, residual)
-    scales = fitted.scales.where(better, found.scales)
-    return OnGrid(found.grid, scales, found.codes), torch.where(better[:, None], after, residual)
+    return better, fitted.where(better, found), torch.where(better[:, None], after, residual)
 
 
 def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Scales:

@@ -1,4 +1,4 @@
-"""Passes over the columns: a sweep that pushes errors on, and an exchange of codes in turn."""
+"""Passes over the columns: a sweep that pushes errors on, a beam of sweeps, and an exchange of codes in turn."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,7 @@ from convexprune.constraints import OnGrid, divisible
 from convexprune.core import definite_factor, upper_factor
 
 SWEPT, EXCHANGED = 128, 64  # columns between two products
+ROOM = 2**24  # entries of a beam, of some rows at a time
 
 
 def minimizer(cross: Tensor, gram: Tensor, anchor: Tensor) -> Tensor:
@@ -64,6 +65,54 @@ class Sweep:
                 left[last:] += pulls[first:last, last:].T @ part  # rounded by now
         return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(0, self._order, codes).T.contiguous())
 
+    def beam(self, weight: Tensor, found: OnGrid, width: int) -> OnGrid:
+        """Return the best of `width` sweeps of each row, with the scales that the codes have.
+
+        The cost so far, sum_j e_j^2 / U_jj^2, is the error of a row whose other columns are free. Each of its best
+        `width` beginnings goes on with the two codes around the next weight, and the best `width` of these stay.
+        """
+        rows = torch.arange(len(weight), device=weight.device).split(max(1, ROOM // (width * weight.shape[1])))
+        codes = [self._beam(weight[some], found.rows(some), width) for some in rows]
+        return OnGrid(found.grid, found.scales, torch.cat(codes))
+
+    def _beam(self, weight: Tensor, found: OnGrid, width: int) -> Tensor:
+        order, upper, (rows, columns) = self._order, self._upper, weight.shape
+        step, offset = found.scales.spread(columns)
+        scales = step.T[order]
+        offsets = torch.zeros_like(scales[:, :1]) if offset is None else offset.T[order]
+        divisors, left = divisible(scales), weight.T[order, None].repeat(1, width, 1)
+        codes, parents = torch.empty_like(left), torch.empty_like(left, dtype=torch.int64)
+        cost = torch.full_like(left[0], torch.inf)
+        cost[0] = 0  # all begin alike
+        alone = torch.arange(width, device=weight.device)[:, None].expand(width, rows)
+        for first in range(0, columns, EXCHANGED):
+            last = min(first + EXCHANGED, columns)
+            part, errors = left[first:last], torch.empty_like(left[first:last])
+            for j in range(first, last):
+                wanted, after = part[j - first] + offsets[j], part[j - first + 1 :]
+                both = torch.stack(found.grid.around(wanted / divisors[j]))
+                off = (wanted - both * scales[j]) / upper[j, j]
+                costs = cost + off.square()
+                costs[1].masked_fill_(both[0] == both[1], torch.inf)
+                cost, place = costs.flatten(0, 1).topk(width, dim=0, largest=False)
+                parents[j] = place % width
+                codes[j] = both.flatten(0, 1).gather(0, place)
+                errors[j - first] = error = off.flatten(0, 1).gather(0, place)
+                after.copy_(after.gather(1, parents[j].expand_as(after)) - upper[j, j + 1 : last, None, None] * error)
+            begin = _followed(errors, parents[first:last], alone)
+            rest = left[last:].gather(1, begin.expand_as(left[last:]))
+            left[last:] = rest - (upper[first:last, last:].T @ errors.flatten(1)).view_as(rest)
+        _followed(codes, parents, cost.argmin(0, keepdim=True).expand(width, rows))
+        return torch.empty_like(codes[:, 0]).index_copy_(0, order, codes[:, 0]).T.contiguous()
+
+
+def _followed(values: Tensor, parents: Tensor, end: Tensor) -> Tensor:
+    """Put the values [columns width rows] of beams in place of those at their `end`, and return where they begin."""
+    for j in reversed(range(len(values))):
+        values[j] = values[j].gather(0, end)
+        end = parents[j].gather(0, end)
+    return end
+
 
 def exchanged(gram: Tensor, found: OnGrid, residual: Tensor, mask: Tensor, price: float) -> tuple[OnGrid, Tensor]:
     """Pass over the columns once: each code becomes the best one while all others stay as they are.
@@ -74,11 +123,12 @@ def exchanged(gram: Tensor, found: OnGrid, residual: Tensor, mask: Tensor, price
     """
     grid = found.grid
     scales = found.scales.spread(len(gram))[0].T.contiguous()
-    codes, kept, diagonal = found.codes.T.contiguous(), mask.T.contiguous(), gram.diagonal()[:, None]
+    copied = torch.contiguous_format  # one row is contiguous both ways: `contiguous` would not copy it
+    codes, kept, diagonal = found.codes.T.clone(memory_format=copied), mask.T.contiguous(), gram.diagonal()[:, None]
     pulls, choose = divisible(scales) * diagonal, grid.chooser(found.codes, price)
     for first in range(0, len(gram), EXCHANGED):
         last = min(first + EXCHANGED, len(gram))
-        ahead = residual[:, first:last].T.contiguous()
+        ahead = residual[:, first:last].T.clone(memory_format=copied)
         steps = torch.empty_like(ahead)
         for j in range(first, last):
             best = codes[j] + ahead[j - first] / pulls[j]

@@ -83,7 +83,7 @@ def test_scales_in_units_have_no_better_neighbour(grid: Super, seed: int):
         type(grid).sweeps = before
     after = OnGrid(grid, scales, found.codes)
     # Rounding to multiples may cost more than the fit gains. The descent leaves such rows as they were.
-    kept, _ = _rescaled(quadratic, found, quadratic.residual(found.weight))
+    _, kept, _ = _rescaled(quadratic, found, quadratic.residual(found.weight))
     assert bool((quadratic.values(kept.weight) <= begin).all())
     units = torch.cat([spread(unit, scales.step.shape[1]) for unit in scales.units], dim=1)
     whole = (scales.flat / units).nan_to_num()

@@ -11,13 +11,14 @@ from strategies import Layer, seeds
 from torch import Tensor
 
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
-from convexprune.constraints._codebook import OnGrid, Scales, spread
-from convexprune.constraints._grid import ROW
+from convexprune.constraints._codebook import Codebook, OnGrid, Scales, spread
+from convexprune.constraints._ggml import Q4_K
+from convexprune.constraints._grid import NF4, ROW
 from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import damped
 from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest
 from convexprune.quantizers._descent import fitted_scales
-from convexprune.quantizers._passes import Sweep, minimizer
+from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 
 GRID, HALF = Grid(4, 32), Unstructured(0.5)
 supports = st.sampled_from((Unstructured(0.0), Unstructured(0.5), SemiStructured(2, 4), Unstructured(0.25, "row")))
@@ -53,10 +54,69 @@ def test_more_rounds_and_sweeps_never_have_a_larger_error(support: Constraint, s
     problem = posed(seed, support)
     before = replace(pruned(problem), damping=Damping(0.01))
     quadratic = damped(problem, Damping(0.01))
-    ways = (Descent(1, 0), Descent(2, 0), Descent(2, 1), Descent(2, 2))
+    ways = (Descent(1, 0, beam=1), Descent(2, 0, beam=1), Descent(2, 1, beam=1), Descent(2, 2, beam=1))
     errors = [quadratic.values(way.quantize(problem, before).weight) for way in ways]
     for less, more in zip(errors[1:], errors, strict=False):
         assert bool((less <= more * (1 + 1e-4)).all())
+
+
+@given(st.sampled_from((Grid(4, 32), Grid(3, ROW), NF4(32), Q4_K())), seeds)
+def test_a_beam_never_has_a_larger_error_and_says_how_near_it_is(grid: Codebook, seed: int):
+    problem = layer_problem(correlated(seed, m=4, n=256, tokens=400), Quantized(Unstructured(0.0), grid))
+    before = replace(dense(problem), damping=Damping(0.01))
+    quadratic = damped(problem, Damping(0.01))
+    alone, wide = (Descent(beam=width).quantize(problem, before) for width in (1, 8))
+    assert bool((quadratic.values(wide.weight) <= quadratic.values(alone.weight) * (1 + 1e-5)).all())
+    assert 1 - 1e-5 <= wide.facts["codes_over_best"] <= alone.facts["codes_over_best"] * 1.2
+
+
+@given(st.sampled_from((1, 2, 5)), st.sampled_from((Grid(3, ROW), NF4(32), Q4_K())), seeds)
+def test_a_beam_is_that_of_one_row_after_another(width: int, grid: Codebook, seed: int):
+    """The slow twin keeps lists of beginnings; a beam of one is the sweep."""
+    problem = layer_problem(correlated(seed, m=3, n=256, tokens=400), Quantized(Unstructured(0.0), grid))
+    sweep, weight = Sweep(damped(problem, Damping(0.05)).gram.double()), problem.weight.double()
+    start = OnGrid.nearest(grid, weight, grid.fit(weight))
+    found = sweep.beam(weight, start, width)
+    if width == 1:
+        assert torch.equal(found.codes, sweep.onto(weight, start, torch.ones_like(weight, dtype=torch.bool)).codes)
+    for row in range(3):
+        assert torch.equal(found.codes[row], beam_of_a_row(sweep, weight[row], start.rows(torch.tensor([row])), width))
+
+
+def beam_of_a_row(sweep: Sweep, weight: Tensor, start: OnGrid, width: int) -> Tensor:
+    """Codes of the best of `width` beginnings, each a cost, what is left of the weight, and codes."""
+    order, upper = sweep._order, sweep._upper
+    step, offset = (None if each is None else each[0, order] for each in start.scales.spread(len(weight)))
+    assert step is not None
+    values = torch.tensor(start.grid.values, dtype=weight.dtype)
+    beginnings = [(0.0, weight[order], [])]
+    for j in range(len(weight)):
+        longer = list[tuple[float, Tensor, list[Tensor]]]()
+        for cost, left, codes in beginnings:
+            wanted = left[j] + (0 if offset is None else offset[j])
+            near = (values - wanted / step[j]).abs().argmin()
+            side = int(near) + (1 if wanted / step[j] >= values[near] else -1)
+            for place in {int(near), min(max(side, 0), len(values) - 1)}:
+                error = (wanted - values[place] * step[j]) / upper[j, j]
+                after = left.clone()
+                after[j:] -= upper[j, j:] * error
+                longer.append((cost + float(error) ** 2, after, [*codes, values[place]]))
+        beginnings = sorted(longer, key=lambda each: each[0])[:width]
+    return torch.empty_like(weight).index_copy_(0, order, torch.stack(beginnings[0][2]))
+
+
+@given(seeds)
+def test_an_exchange_of_one_row_is_that_row_of_all(seed: int):
+    problem = posed(seed, Unstructured(0.0))
+    quadratic, mask = damped(problem, Damping(0.01)), torch.ones_like(problem.weight, dtype=torch.bool)
+    start = OnGrid.nearest(GRID, problem.weight, GRID.fit(problem.weight))
+    residual = quadratic.residual(start.weight)
+    found, after = exchanged(quadratic.gram, start, residual.clone(), mask, 0.0)
+    own = start.rows(torch.tensor([2]))
+    codes = own.codes.clone()
+    one, rest = exchanged(quadratic.gram, own, residual[2:3].clone(), mask[2:3], 0.0)
+    assert torch.equal(one.codes[0], found.codes[2]) and torch.equal(own.codes, codes)
+    assert torch.allclose(rest[0], after[2], rtol=1e-4, atol=1e-4 * float(after.abs().max()))
 
 
 @given(seeds)
