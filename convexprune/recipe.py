@@ -13,7 +13,17 @@ from convexprune._schema import settings as groups
 from convexprune._schema.group import checked
 from convexprune._schema.presets import PRESETS, PUBLISHED, Preset
 from convexprune._setting_types import make
-from convexprune.constraints import FAMILIES, Coded, Constraint, Grid, Grouped, Quantized, make_grid, parse_pattern
+from convexprune.constraints import (
+    FAMILIES,
+    Codebook,
+    Coded,
+    Constraint,
+    Grid,
+    Grouped,
+    Quantized,
+    make_grid,
+    parse_pattern,
+)
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted
 from convexprune.pruners._base import WHOLE
@@ -57,6 +67,10 @@ class Recipe(
                         "asked."
                     )
         TokenWeighting.parse(self.token_weights)
+        if self.embedding_grid is not None and self.quantize in FAMILIES:
+            raise RecipeError(
+                f"embedding={self.embedding!r} beside quantize={self.quantize!r}, which chooses by a size."
+            )
         pattern = self.build_pattern()
         grid = pattern.grid
         if Refinement.parse(self.refine) is not None and grid is not None and not isinstance(grid, Grid):
@@ -88,6 +102,11 @@ class Recipe(
             )
         self._check_rules(pattern)
         return self
+
+    @property
+    def embedding_grid(self) -> Codebook | None:
+        """The grid of embedding and head; None leaves them as they are."""
+        return None if self.embedding is None else make_grid(self.embedding, self.group_size)
 
     @property
     def deviations(self) -> str | None:

@@ -125,6 +125,7 @@ class Report:
         base: licence and language of the base model's card, and the names of card and licence in the result, as
             "files".
         bytes: size of the result's files, packed for a pack; None without files.
+        ends: grids by name of embedding and head, if the recipe has put them on one.
         sized: of types chosen for a size: the `target` and the `bytes` of the exported file, `bits` a weight of the
             whole, type and bytes by operators as `tensors`, and the `metadata` of its header.
         memory: peak bytes of the process as "process", of the largest worker as "workers", and of the GPU as "gpu".
@@ -149,6 +150,7 @@ class Report:
     bytes: int | None = None
     memory: dict[str, int] = field(default_factory=dict)
     sized: dict[str, Any] | None = None
+    ends: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         gap = "" if self.largest_gap is None else f", largest gap {self.largest_gap:.1e}"

@@ -42,7 +42,7 @@ from convexprune.adapters._inspection.outline import what_needs_less
 from convexprune.adapters._removal import find_removal
 from convexprune.adapters._removal.base import AbstractRemoval
 from convexprune.adapters._types import TypeChoice, alike, ends, on_grid
-from convexprune.constraints import FAMILIES
+from convexprune.constraints import FAMILIES, Codebook
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OnOperator, Report
@@ -117,6 +117,8 @@ class Request:
             self.layers = replace(self.layers, patterns=self.removal.patterns)
         self.layers = with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
+        if self.recipe.embedding_grid is not None:
+            self._check_ends(loaded, self.recipe.embedding_grid)
         if self.recipe.quantize in FAMILIES:
             self._measure(loaded, self.recipe.quantize)
         weighting = TokenWeighting.parse(self.recipe.token_weights)
@@ -127,6 +129,13 @@ class Request:
             "the perplexity": (self.sources.evaluation is not None, "leave evaluation out"),
         }
         refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
+
+    def _check_ends(self, loaded: HuggingFaceModel, grid: Codebook) -> None:
+        if self.call.output_dir is None:
+            raise RecipeError(f"embedding={self.recipe.embedding!r} is written to a folder. Give output_dir.")
+        refuse_headless(loaded.model, {"embedding": "leave it out"})
+        for name in ends(loaded):
+            grid.check(*loaded.model.get_parameter(f"{name}.weight").shape)
 
     def _measure(self, loaded: HuggingFaceModel, layout: str) -> None:
         """Find the size of the file by types, and refuse targets that no types meet."""
@@ -141,6 +150,26 @@ class Request:
         self.target = self.recipe.target or int(size.weights * (self.recipe.bits or 0.0) / 8)
         size.require(self.target)
 
+    def _quantize_ends(
+        self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore, grid: Codebook
+    ) -> None:
+        """Put embedding and head on a grid."""
+        report.ends = dict.fromkeys(ends(loaded), str(grid))
+        choice = TypeChoice(
+            loaded, windows["calibration"], self.recipe.batch_size, [*report.ends], self.layers.quantizer
+        )
+        choice.tensors(store, report.ends)
+        self._tell_ends(report, windows)
+        self.clock.lap("embedding and head")
+
+    def _tell_ends(self, report: Report, windows: Windows) -> None:
+        names = [*report.ends] if self.size is None else self.size.ends
+        for name in names:
+            report.left_alone.pop(name, None)
+        if "evaluation" in windows and names:
+            end = "the perplexity here is with embedding and head as they were. For that of all: convexprune eval"
+            self._warn(report, f"{' and '.join(names)} are quantized too, and {end} {self.call.output_dir}")
+
     def _choose_types(self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore) -> None:
         """Choose the type of every operator, and of embedding and head, which are quantized now."""
         size = self.size
@@ -154,11 +183,7 @@ class Request:
         self.layers = replace(self.layers, patterns=patterns)
         report.allocation = {"cost": found["cost"], "gap": found["gap"]}
         report.sized = size.record(found["types"], self.target)
-        for name in size.ends:
-            report.left_alone.pop(name, None)
-        if "evaluation" in windows and size.ends:
-            end = "the perplexity here is with embedding and head as they were. For that of all: convexprune eval"
-            self._warn(report, f"{' and '.join(size.ends)} are quantized too, and {end} {self.call.output_dir}")
+        self._tell_ends(report, windows)
 
     def _choose(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
@@ -191,6 +216,8 @@ class Request:
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
     ) -> None:
         """Spread the zeros by the recipe, or as at the beginning of the run in the store."""
+        if (grid := self.recipe.embedding_grid) is not None and store is not None:
+            self._quantize_ends(loaded, windows, report, store, grid)
         if self.size is not None:
             assert store is not None
             self._choose_types(loaded, windows, report, store)

@@ -50,8 +50,10 @@ def export(source: str | Path, output_dir: str | Path, allow_changed: bool = Fal
     tensors = [path for path in files if path.suffix == SUFFIX]
     plain = {name: entry for path in tensors for name, entry in entries(folder / path)[0].items()}
     weights = {name: entry for name, entry in plain.items() if name.endswith(".weight") and len(entry.spec.shape) == 2}
-    quantized = {name: grid for name, entry in weights.items() if (grid := _grid_of(name, entry, grids)) is not None}
     report = RunFolder(folder).report()
+    kept = {f"{name}.weight" for name in report.ends.keys() - grids.keys()}
+    found = {name: _grid_of(name, entry, grids) for name, entry in weights.items() if name not in kept}
+    quantized = {name: grid for name, grid in found.items() if grid is not None}
     _refuse_stacked(folder, [name for name, entry in plain.items() if len(entry.spec.shape) == 3], report.left_alone)
     asked = sum(operator.outputs * operator.inputs for operator in report.operators)
     heads = grids.keys() - {own for operator in report.operators for own in stored_names(operator.name)}
@@ -110,6 +112,7 @@ def _grids(folder: Path) -> dict[str, Grid]:
     grids: dict[str, Any] = {
         name: make_grid(kind) for names, (kind, _) in tensors.items() for name in names.split(", ")
     }
+    grids |= {name: make_grid(kind) for name, kind in [*report.ends.items()][1:]}  # transformers takes no embedding
     grids |= {operator.name: parse_pattern(operator.pattern).grid for operator in report.operators}
     if others := [grid for grid in grids.values() if grid is not None and LAYOUT not in grid.layouts]:
         raise ModelError(

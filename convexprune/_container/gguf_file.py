@@ -134,6 +134,7 @@ def _quantized(model: GGUFModel, folder: Path, report: Report) -> dict[Place, Qu
     blocks = entries(folder / BLOCKS)[0] if (folder / BLOCKS).is_file() else {}
     grids = {operator.name: parse_pattern(operator.pattern).grid for operator in report.operators}
     tensors: Mapping[str, list[Any]] = report.sized["tensors"] if report.sized else {}
+    grids |= {name: make_grid(kind) for name, kind in report.ends.items()}
     grids |= {name: make_grid(kind) for names, (kind, _) in tensors.items() for name in names.split(", ")}
     for name, grid in grids.items():
         if grid is None or "gguf" not in grid.layouts:

@@ -108,6 +108,11 @@ class TargetSettings(Settings):
         "for the embedding, too; compressed-tensors, of int8 and int4. With a sparsity of 0: quantization alone. Left "
         "out: none.",
     )
+    embedding: str | None = setting(
+        None,
+        "Grid of embedding and head, which count once if tied: int8 to int3, or a block of GGUF files; judged by what "
+        "they do to the logits. With a size they are chosen. Left out: they stay as they are.",
+    )
     target: ByteSize | None = setting(
         None,
         "With quantize gguf (the default with target): bytes of the whole GGUF file, as 900MB or 1.5GiB; it has so "

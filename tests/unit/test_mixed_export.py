@@ -5,14 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_gguf import RUN, built, quantized
+from test_gguf import RUN, built, exported, quantized
 from transformers import AutoModelForCausalLM
 
 import convexprune
 from convexprune._container.layouts import stored_names
+from convexprune.constraints import Grid
 from convexprune.errors import PatternError, RecipeError
 
 MIXED: dict[str, Any] = {"quantize": "compressed-tensors", "sparsity": None}
@@ -53,3 +55,26 @@ def test_a_folder_that_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
         with pytest.raises((PatternError, RecipeError), match=told):
             convexprune.prune(source, output_dir=tmp_path / "none", **RUN | MIXED | settings)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_embedding_and_head_are_on_a_grid_too(family: str, tmp_path: Path):
+    source = built(family, tmp_path / "dense", torch.bfloat16)
+    plain = convexprune.pack(quantized(source, tmp_path / "plain", quantize="int4"), tmp_path / "plain.pack")
+    run = quantized(source, tmp_path / "run", quantize="int4", embedding="int8")
+    stored = load_file(run / "model.safetensors")
+    ends = ["model.embed_tokens", "lm_head"][: 2 if family == "qwen2" else 1]
+    assert [*convexprune.Report.from_json((run / "report.json").read_text()).ends] == ends
+    assert all(Grid(8).violation(stored[f"{name}.weight"]) == 0 for name in ends)
+    assert convexprune.pack(run, tmp_path / "pack").bits < 0.85 * plain.bits
+    out = convexprune.export(run, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert len(config["config_groups"]) == len(ends) and "model.embed_tokens" in config["ignore"]
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.bfloat16) for each in (run, out))
+    tokens = torch.arange(1, 30)[None]
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(exported(run, tmp_path / "model.gguf")).tensors}
+    assert types["token_embd.weight"] == "Q8_0" and types["blk.0.ffn_down.weight"] == "Q4_0"
+    for settings, told in (({"target": "2MB", "sparsity": None}, "chooses by a size"), ({"embedding": "q9"}, "grid")):
+        with pytest.raises((PatternError, RecipeError), match=told):
+            convexprune.prune(source, output_dir=tmp_path / "none", **RUN | {"embedding": "int8"} | settings)
