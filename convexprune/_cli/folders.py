@@ -1,6 +1,7 @@
 """The commands on folders and files that are there: pack, unpack, export, report, recipe."""
 
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
@@ -73,7 +74,15 @@ def export(
         from convexprune._api.calls import export as write
 
         folder = write(source, output, format, allow_changed=allow_changed)
+        from convexprune._container.folder import source_tensors
+
+        stored = source_tensors(source)[1].values()
+        weights = sum(prod(entry.spec.shape) for entries in stored for entry in entries.values())
+        files = folder.glob("*.safetensors") if folder.is_dir() else [folder]
+        nbytes = sum(path.stat().st_size for path in files)
     _say(folder, as_json)
+    if not as_json:
+        console.print(f"weights: {nbytes:,} bytes, {8 * nbytes / weights:.2f} bits a weight of all", highlight=False)
 
 
 @app.command()

@@ -187,7 +187,7 @@ class MethodSettings(Settings):
     )
     preset: str | None = setting(
         None,
-        "Settings for an intention, where others are left out. best: prefix pruned, and allocation half-curve if "
+        "Settings for an intention, where others are left out. best: prefix pruned, allocation half-curve if "
         "unstructured; with quantize token_weights loss. balanced: the defaults. fast: a quarter of the samples, no "
         "bounds; method sparsegpt. fistapruner: the algorithm of arXiv 2408.03728 as published, for comparison.",
         choices=("best", "balanced", "fast", "fistapruner"),

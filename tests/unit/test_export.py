@@ -45,6 +45,8 @@ def test_codes_are_packed_as_the_library_does(bits: int, rows: int, columns: int
 def test_transformers_loads_the_weights_of_the_run(run: Path, tmp_path: Path):
     result = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
+    nbytes = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert f"weights: {nbytes:,} bytes, " in result.stdout and "bits a weight of all" in result.stdout
     ours = AutoModelForCausalLM.from_pretrained(run)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=ours.dtype)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]

@@ -18,7 +18,7 @@ from convexprune.recipe import make_recipe
         ({"preset": "best"}, {"prefix": "pruned", "allocation": "half-curve"}),  # the bold column of README
         ({"preset": "best", "pattern": "2:4"}, {"pattern": "2:4", "prefix": "pruned"}),
         ({"preset": "best", "pattern": "channels"}, {"pattern": "channels"}),
-        ({"preset": "best", "target": "1GB"}, {"target": "1GB", "token_weights": "loss"}),
+        ({"preset": "best", "target": "1GB"}, {"target": "1GB", "token_weights": "loss", "prefix": "pruned"}),
         ({"preset": "balanced"}, {}),
         ({"preset": "fast"}, {"method": "sparsegpt", "num_calibration_samples": 32, "bound_rows": 0}),
         ({"preset": "fast", "method": "wanda"}, {"method": "wanda", "num_calibration_samples": 32, "bound_rows": 0}),
