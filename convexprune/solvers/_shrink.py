@@ -6,7 +6,7 @@ from torch import Tensor
 from convexprune.core import L1, Problem
 from convexprune.core._abstract_penalty import Elementwise
 
-SHARE = 0.6  # of rows times columns: a smaller part is worth a new start
+SHARE = 0.4  # of rows times columns: a smaller part is worth a new start
 
 
 def can_shrink(problem: Problem) -> bool:
