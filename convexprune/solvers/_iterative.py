@@ -96,14 +96,14 @@ class AbstractIterative(AbstractSolver):
         leaving: bool = False,
     ) -> tuple[Tensor, Status, int, int]:
         """The loop from `weight`, in the coordinates that are asked for; a `tested` weight may be good enough."""
-        iterate = self._shrinking if leaving and can_shrink(problem) else self._iterate
         if not self.scale:
-            return iterate(problem, weight, residual)
+            return (self._shrinking if leaving and can_shrink(problem) else self._iterate)(problem, weight, residual)
         scale = problem.penalty.units(problem.quadratic.scale())
         inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
         residual = None if residual is None else residual / scale
         if tested and self._status(inner, weight * scale, 0) is Status.SOLVED:
             return weight, Status.SOLVED, 0, 1
+        iterate = self._shrinking if leaving and can_shrink(inner) else self._iterate
         weight, status, iterations, products = iterate(inner, weight * scale, residual)
         weight = weight / scale
         if isinstance(problem.penalty, ElasticNet):

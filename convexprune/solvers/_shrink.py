@@ -10,8 +10,9 @@ SHARE = 0.4  # of rows times columns: a smaller part is worth a new start
 
 
 def can_shrink(problem: Problem) -> bool:
-    """Return True if the rows are separate problems with one Gram matrix, and the penalty is of entries."""
-    return problem.quadratic.gram.ndim == 2 and isinstance(problem.penalty, Elementwise) and problem.penalty.is_convex
+    """Return True if rows are separate problems with one Gram matrix that is not singular, and p is of entries."""
+    is_of_entries = isinstance(problem.penalty, Elementwise) and problem.penalty.is_convex
+    return problem.quadratic.gram.ndim == 2 and is_of_entries and problem.quadratic.is_well_conditioned
 
 
 class Shrink:
