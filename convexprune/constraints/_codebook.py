@@ -121,10 +121,6 @@ class Codebook(ABC):
         """
         return lambda best, curvature: self.nearest(best)
 
-    def costs(self, codes: Tensor, price: float) -> Callable[[Tensor], Tensor] | None:
-        """Return a function of codes: the price of their bits, as often as they occur in `codes`; None: all alike."""
-        return None
-
     def price(self, scales: Scales, shape: Callable[[], Tensor]) -> float:
         """Return the price of a bit, in units of the error; 0 where all codes take the same bits.
 

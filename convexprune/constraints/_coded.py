@@ -143,10 +143,6 @@ class Coded(WholeNumbers):
 
         return choose
 
-    def costs(self, codes: Tensor, price: float) -> Callable[[Tensor], Tensor] | None:
-        lengths = price * code_lengths(codes)
-        return lambda each: lengths[each.abs().long()]
-
     def found(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return int8 codes [m n] of a stored `weight`, and the columns on the grid [n]; others mean nothing."""
         _, codes, on = STORED.find(weight.T.contiguous())

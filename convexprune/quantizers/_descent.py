@@ -11,7 +11,7 @@ from convexprune.constraints import Codebook, OnGrid, Scales
 from convexprune.core import Quadratic
 from convexprune.pruners import LayerEdit, LayerProblem, choose_damping, damped
 from convexprune.quantizers._base import AbstractQuantizer
-from convexprune.quantizers._passes import Costs, Sweep, exchanged, minimizer
+from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 
 RIDGE = 1e-4  # of the equations of scales, relative: groups whose codes are all zero have none
 ROOM = 2**26  # entries of these equations, of some rows at a time
@@ -35,7 +35,7 @@ class Descent(AbstractQuantizer):
     column (the M-algorithm, or K-best sphere decoding). They descend likewise, and the better answer of a row stays.
 
     Coded weights have a scale for each column, with which an error of half a step costs the same in every column
-    (WaterSIC, arXiv 2603.04956), and what descends is the error plus the bits at a price, in the beam, too.
+    (WaterSIC, arXiv 2603.04956), and what descends is the error plus the bits at a price. They have no beam.
 
     Args:
         sweeps: over all columns, before and after the scales, at most. A row in which no code moves is done.
@@ -62,12 +62,10 @@ class Descent(AbstractQuantizer):
             found = OnGrid.nearest(grid, begin, scales)
             if dense:
                 found = sweep().onto(begin, found, mask)
-            price = grid.price(scales, lambda: sweep().shape)
-            found = self._descended(own, found, mask, price)
-            if not dense or self.beam == 1:
+            found = self._descended(own, found, mask, grid.price(scales, lambda: sweep().shape))
+            if not dense or not grid.by_row or self.beam == 1:
                 return found
-            costs = grid.costs(found.codes, price)
-            return self._better(own, found, sweep().beam(begin, found, self.beam, costs), price, costs)
+            return self._better(own, found, sweep().beam(begin, found, self.beam))
 
         found = grid.search(weight, lambda: sweep().shape, lambda kind: kind.fit(weight, gram.diagonal()), attempt)
         if not dense or not grid.by_row:
@@ -75,13 +73,10 @@ class Descent(AbstractQuantizer):
         some = torch.linspace(0, len(weight) - 1, min(JUDGED, len(weight)), device=weight.device).long()
         return replace(found, facts=self._judged(quadratic.rows(some), weight[some], found.rows(some), sweep()))
 
-    def _better(
-        self, quadratic: Quadratic, found: OnGrid, other: OnGrid, price: float = 0.0, costs: Costs = None
-    ) -> OnGrid:
+    def _better(self, quadratic: Quadratic, found: OnGrid, other: OnGrid) -> OnGrid:
         """Return the better of two answers in each row, once the other one has descended."""
-        other = self._descended(quadratic, other, torch.ones_like(other.codes, dtype=torch.bool), price)
-        values = [quadratic.values(each.weight) + (costs(each.codes).sum(1) if costs else 0) for each in (other, found)]
-        return other.where(values[0] < values[1], found)
+        other = self._descended(quadratic, other, torch.ones_like(other.codes, dtype=torch.bool), 0.0)
+        return other.where(quadratic.values(other.weight) < quadratic.values(found.weight), found)
 
     def _judged(self, quadratic: Quadratic, weight: Tensor, found: OnGrid, sweep: Sweep) -> dict[str, float]:
         """Return the mean error of some rows over that of the best answer that a wide beam finds from theirs."""

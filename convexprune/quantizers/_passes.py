@@ -1,7 +1,5 @@
 """Passes over the columns: a sweep that pushes errors on, a beam of sweeps, and an exchange of codes in turn."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,6 @@ from convexprune.constraints import OnGrid, divisible
 from convexprune.core import definite_factor, upper_factor
 
 SWEPT, EXCHANGED = 128, 64  # columns between two products
-Costs = Callable[[Tensor], Tensor] | None
 ROOM = 2**24  # entries of a beam, of some rows at a time
 
 
@@ -68,18 +65,17 @@ class Sweep:
                 left[last:] += pulls[first:last, last:].T @ part  # rounded by now
         return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(0, self._order, codes).T.contiguous())
 
-    def beam(self, weight: Tensor, found: OnGrid, width: int, costs: Costs = None) -> OnGrid:
+    def beam(self, weight: Tensor, found: OnGrid, width: int) -> OnGrid:
         """Return the best of `width` sweeps of each row, with the scales that the codes have.
 
-        The cost so far, sum_j e_j^2 / U_jj^2, is twice q of a row whose other columns are free. Each of its best
-        `width` beginnings goes on with the two codes around the next weight, and the best `width` of these stay. What
-        codes cost in units of q is added.
+        The cost so far, sum_j e_j^2 / U_jj^2, is the error of a row whose other columns are free. Each of its best
+        `width` beginnings goes on with the two codes around the next weight, and the best `width` of these stay.
         """
         rows = torch.arange(len(weight), device=weight.device).split(max(1, ROOM // (width * weight.shape[1])))
-        codes = [self._beam(weight[some], found.rows(some), width, costs) for some in rows]
+        codes = [self._beam(weight[some], found.rows(some), width) for some in rows]
         return OnGrid(found.grid, found.scales, torch.cat(codes))
 
-    def _beam(self, weight: Tensor, found: OnGrid, width: int, charged: Costs) -> Tensor:
+    def _beam(self, weight: Tensor, found: OnGrid, width: int) -> Tensor:
         order, upper, (rows, columns) = self._order, self._upper, weight.shape
         step, offset = found.scales.spread(columns)
         scales = step.T[order]
@@ -97,8 +93,6 @@ class Sweep:
                 both = torch.stack(found.grid.around(wanted / divisors[j]))
                 off = (wanted - both * scales[j]) / upper[j, j]
                 costs = cost + off.square()
-                if charged is not None:
-                    costs += 2 * charged(both)
                 costs[1].masked_fill_(both[0] == both[1], torch.inf)
                 cost, place = costs.flatten(0, 1).topk(width, dim=0, largest=False)
                 parents[j] = place % width

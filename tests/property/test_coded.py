@@ -155,7 +155,7 @@ def test_columns_of_outlying_inputs_are_not_cut_off(seed: int):
 def test_what_a_sweep_will_cost_is_forecast_from_one_factor(seed: int, bits: float):
     problem, before = posed(seed, bits)
     damping = choose_damping(problem, None)
-    made = Descent(sweeps=0, beam=1).quantize(problem, replace(before, damping=damping))
+    made = Descent(sweeps=0).quantize(problem, replace(before, damping=damping))
     cost = 2 * damped(problem, damping).values(made.weight).sum()
     assert 0.85 < float(Forecast(problem).errors(problem.pattern).sum() / cost) < 1.1
 

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
 from convexprune.constraints._codebook import Codebook, OnGrid, Scales, spread
-from convexprune.constraints._coded import Coded
 from convexprune.constraints._ggml import Q4_K
 from convexprune.constraints._grid import NF4, ROW
 from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import damped
 from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest
 from convexprune.quantizers._descent import fitted_scales
-from convexprune.quantizers._passes import Costs, Sweep, exchanged, minimizer
+from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 
 GRID, HALF = Grid(4, 32), Unstructured(0.5)
 supports = st.sampled_from((Unstructured(0.0), Unstructured(0.5), SemiStructured(2, 4), Unstructured(0.25, "row")))
@@ -71,25 +70,20 @@ def test_a_beam_never_has_a_larger_error_and_says_how_near_it_is(grid: Codebook,
     assert 1 - 1e-5 <= wide.facts["codes_over_best"] <= alone.facts["codes_over_best"] * 1.2
 
 
-@given(st.sampled_from((1, 2, 5)), st.sampled_from((Grid(3, ROW), NF4(32), Q4_K(), Coded(3.0))), seeds)
+@given(st.sampled_from((1, 2, 5)), st.sampled_from((Grid(3, ROW), NF4(32), Q4_K())), seeds)
 def test_a_beam_is_that_of_one_row_after_another(width: int, grid: Codebook, seed: int):
-    """The slow twin keeps lists of beginnings; a beam of one is the sweep, where codes cost nothing."""
-    problem = layer_problem(correlated(seed, m=16, n=256, tokens=400), Quantized(Unstructured(0.0), grid))
+    """The slow twin keeps lists of beginnings; a beam of one is the sweep."""
+    problem = layer_problem(correlated(seed, m=3, n=256, tokens=400), Quantized(Unstructured(0.0), grid))
     sweep, weight = Sweep(damped(problem, Damping(0.05)).gram.double()), problem.weight.double()
-    scales = grid.fit(weight)
-    if isinstance(grid, Coded):
-        scales = grid.scales(grid.step(weight, sweep.shape), sweep.shape, weight)
-    start = OnGrid.nearest(grid, weight, scales)
-    costs = grid.costs(start.codes, 2 * grid.price(scales, lambda: sweep.shape))
-    found = sweep.beam(weight, start, width, costs)
-    if width == 1 and costs is None:
+    start = OnGrid.nearest(grid, weight, grid.fit(weight))
+    found = sweep.beam(weight, start, width)
+    if width == 1:
         assert torch.equal(found.codes, sweep.onto(weight, start, torch.ones_like(weight, dtype=torch.bool)).codes)
     for row in range(3):
-        own = start.rows(torch.tensor([row]))
-        assert torch.equal(found.codes[row], beam_of_a_row(sweep, weight[row], own, width, costs))
+        assert torch.equal(found.codes[row], beam_of_a_row(sweep, weight[row], start.rows(torch.tensor([row])), width))
 
 
-def beam_of_a_row(sweep: Sweep, weight: Tensor, start: OnGrid, width: int, costs: Costs) -> Tensor:
+def beam_of_a_row(sweep: Sweep, weight: Tensor, start: OnGrid, width: int) -> Tensor:
     """Codes of the best of `width` beginnings, each a cost, what is left of the weight, and codes."""
     order, upper = sweep._order, sweep._upper
     step, offset = (None if each is None else each[0, order] for each in start.scales.spread(len(weight)))
@@ -106,8 +100,7 @@ def beam_of_a_row(sweep: Sweep, weight: Tensor, start: OnGrid, width: int, costs
                 error = (wanted - values[place] * step[j]) / upper[j, j]
                 after = left.clone()
                 after[j:] -= upper[j, j:] * error
-                bits = 0.0 if costs is None else 2 * float(costs(values[place]))
-                longer.append((cost + float(error) ** 2 + bits, after, [*codes, values[place]]))
+                longer.append((cost + float(error) ** 2, after, [*codes, values[place]]))
         beginnings = sorted(longer, key=lambda each: each[0])[:width]
     return torch.empty_like(weight).index_copy_(0, order, torch.stack(beginnings[0][2]))
 
