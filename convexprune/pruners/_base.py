@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ without a layer from the dense ones, on held-out text; or the "influence", how f
 experts: the error of the mixture's "output" without them; or "reap", the mean size of what one adds if it is chosen."""
 WHOLE = {"layers": ("decoder layers", "shortgpt"), "experts": ("experts", "reap")}
 """The parts of a model that are removed whole, in words, and the baseline that chooses them."""
-Prune = Callable[[Any, LayerProblem], LayerEdit]
+Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
 
 
 def filled(problem: LayerProblem) -> LayerProblem:
@@ -192,7 +192,7 @@ def dead_inputs_first(prune: Prune) -> Prune:
         found = prune(self, alive)
         return found if alive is problem else with_dead_weights(problem, found)
 
-    return pruned
+    return cast(Prune, pruned)
 
 
 class AbstractPruner(ABC):

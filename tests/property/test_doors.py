@@ -168,18 +168,18 @@ def changed(value: float):
     "text strength": (lambda: L1("0.1"), "is a str"),  # pyright: ignore[reportArgumentType]
     "group": (lambda: GroupLasso(-1.0), "not negative"),
     "another width": (lambda: Problem(POSED.quadratic, L1(np.ones(4))), "does not broadcast"),  # pyright: ignore[reportArgumentType]
-    "a list": (lambda: solve([POSED]), "A problem of type list"),
-    "a quadratic": (lambda: solve(POSED.quadratic), "of type Quadratic"),
-    "numbers": (lambda: solve_all([1, 2]), "of type int"),
+    "a list": (lambda: solve([POSED]), "A problem of type list"),  # pyright: ignore[reportArgumentType]
+    "a quadratic": (lambda: solve(POSED.quadratic), "of type Quadratic"),  # pyright: ignore[reportArgumentType]
+    "numbers": (lambda: solve_all([1, 2]), "of type int"),  # pyright: ignore[reportArgumentType]
     "starts": (lambda: solve_all([POSED], starts=[None, None]), "2 starts for 1 problems"),
     "a start of nan": (lambda: solve(POSED, start=np.full(6, np.nan)), "`start` holds"),
     "a long start": (lambda: solve(POSED, start=np.zeros(7)), r"\[1, 7\]; this problem needs \[1, 6\]"),
     "whole numbers": (lambda: certify(POSED, np.zeros(6, int)), "floating point"),
-    "a function": (lambda: solve(POSED, make_solver), "The solver is a function"),
+    "a function": (lambda: solve(POSED, make_solver), "The solver is a function"),  # pyright: ignore[reportArgumentType]
     "settings": (lambda: solve(POSED, make_solver("fista"), tolerance=1e-3), "has its own"),
     "a tolerance": (lambda: solve(POSED, tolerance=-1), "greater than or equal to 0"),
-    "a number for a path": (lambda: path(POSED, 0.1), "a list of positive numbers"),
-    "texts for a path": (lambda: path(POSED, ["a"]), "a list of positive numbers"),
+    "a number for a path": (lambda: path(POSED, 0.1), "a list of positive numbers"),  # pyright: ignore[reportArgumentType]
+    "texts for a path": (lambda: path(POSED, ["a"]), "a list of positive numbers"),  # pyright: ignore[reportArgumentType]
 }.values())  # fmt: skip
 def test_a_stranger_is_told_what_came_and_what_is_accepted(wrong, says: str):
     with pytest.raises(ConvexpruneError, match=says):

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import pytest
@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune._cli import app
 from convexprune.adapters import EMBEDDED
-from convexprune.constraints import make_grid
+from convexprune.constraints import Block, make_grid
 from convexprune.errors import ModelError, OutputError
 
 SIZES: dict[str, Any] = {
@@ -248,7 +248,7 @@ def test_a_pack_stores_codes_once(kind: str, tmp_path: Path):
     path = exported(run, tmp_path / "model.gguf")
     packed = sum(file.stat().st_size for file in pack.output_dir.iterdir() if file.suffix in (".safetensors", ".ggml"))
     assert packed < path.stat().st_size + 20_000  # what is not quantized is smaller in a pack
-    assert pack.operator_bits is None or abs(pack.operator_bits - make_grid(kind).bits) < 0.01
+    assert pack.operator_bits is None or abs(pack.operator_bits - cast(Block, make_grid(kind)).bits) < 0.01
     again = convexprune.unpack(pack.output_dir, tmp_path / "again")
     files = {file.name for file in run.iterdir()}
     assert files == {file.name for file in again.iterdir()}

@@ -51,7 +51,12 @@ def test_a_folder_has_the_bytes_that_were_asked_for_or_few_less(family: str, tmp
 def test_a_folder_that_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
     source = built("llama", tmp_path / "dense", torch.bfloat16)
     both = {"target": "1MB", "bits": 4}
-    for settings, told in (({"target": "1KB"}, "Accepted: "), ({}, "give target"), (both, "one of them")):
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"target": "1KB"}, "Accepted: "),
+        ({}, "give target"),
+        (both, "one of them"),
+    ]
+    for settings, told in wrong:
         with pytest.raises((PatternError, RecipeError), match=told):
             convexprune.prune(source, output_dir=tmp_path / "none", **RUN | MIXED | settings)
     assert not (tmp_path / "none").exists()
@@ -75,6 +80,10 @@ def test_embedding_and_head_are_on_a_grid_too(family: str, tmp_path: Path):
     assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(exported(run, tmp_path / "model.gguf")).tensors}
     assert types["token_embd.weight"] == "Q8_0" and types["blk.0.ffn_down.weight"] == "Q4_0"
-    for settings, told in (({"target": "2MB", "sparsity": None}, "chooses by a size"), ({"embedding": "q9"}, "grid")):
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"target": "2MB", "sparsity": None, "embedding": "int8"}, "chooses by a size"),
+        ({"embedding": "q9"}, "grid"),
+    ]
+    for settings, told in wrong:
         with pytest.raises((PatternError, RecipeError), match=told):
-            convexprune.prune(source, output_dir=tmp_path / "none", **RUN | {"embedding": "int8"} | settings)
+            convexprune.prune(source, output_dir=tmp_path / "none", **RUN | settings)
