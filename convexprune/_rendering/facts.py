@@ -191,7 +191,9 @@ def _certificates(report: Report) -> Iterator[Fact]:
             "what is possible may be much nearer to 1",
         )
     if over := [o.facts["codes_over_best"] for o in report.operators if "codes_over_best" in o.facts]:
-        text = f"the error of a few rows is {median(over):.3f} of the least that a wide beam of sweeps finds (median)"
+        text = (
+            f"the error of a few rows is {median(over):.3f} times the least that a wide beam of sweeps finds (median)"
+        )
         yield Fact("codes", text)
 
 

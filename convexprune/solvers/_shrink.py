@@ -32,7 +32,8 @@ class Shrink:
 
     def finds(self, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor, going: Tensor) -> bool:
         """Return True if the rows that are `going` on [m], and the columns that they may use, are few enough."""
-        self.going, self.used = going, self._may_be_used(weight, residual, values, slack)[going].any(0)
+        used = self._may_be_used(weight, residual, values, slack)
+        self.going, self.used = going, (used & going[:, None]).any(0)
         m, n = self.problem.shape
         self.is_due = 0 < int(going.sum() * self.used.sum()) < SHARE * m * n
         return self.is_due

@@ -39,19 +39,16 @@ PUBLIC = {
         Packed PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution
         Status Support GroupLasso Unstructured Verification advise certify compare compare_samples errors
         evaluate export from_cvxpy inspect keep_zeros load make_solver pack parse_pattern path permute perplexity
-        problems prune pruners solve solver_names solvers to_cvxpy unpack verify Blocks ElasticNet Event MCP NuclearNorm
-        RowGroups SCAD TotalVariation""",
+        problems prune pruners solve solve_all solver_names solvers to_cvxpy unpack verify Blocks ElasticNet Event MCP
+        NuclearNorm RowGroups SCAD TotalVariation""",
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify Blocks
         ElasticNet MCP NuclearNorm RowGroups SCAD TotalVariation""",
-    "convexprune.constraints": """
-        GRIDS KINDS Budget Channels Coded Columns Constraint Experts Grid Heads Layers Mask Quantized SemiStructured
-        Stacked Unstructured make_grid parse_pattern""",
-    "convexprune.solvers": "AbstractSolver Solution Status make_solver path solve solver_names",
+    "convexprune.constraints": "SemiStructured Unstructured parse_pattern",
+    "convexprune.solvers": "AbstractSolver Solution Status make_solver path solve solve_all solver_names",
     "convexprune.pruners": """
         ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex Damping FISTAPruner LayerEdit LayerProblem Magnitude
         REAP Refitted ShortGPT SparseGPT Wanda Score WandaSP""",
-    "convexprune.quantizers": "GPTAQ GPTQ QEP QUANTIZERS AbstractQuantizer Descent Nearest",
     "convexprune.estimators": """
         ElasticNet ElasticNetCV GroupLasso GroupLassoCV Lasso LassoCV MultiTaskLasso MultiTaskLassoCV""",
     "convexprune.problems": """
