@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from datetime import timedelta
 from functools import wraps
+from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar, cast
 
 from rich.console import Console
@@ -62,8 +63,15 @@ def visible(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator["Bar"]:
-    with Progress(*_columns(), console=console, transient=True, expand=True) as progress:
+def _bar(console: Console) -> Iterator["Bar | Lines"]:
+    """Yield a bar, or lines in a notebook that has no widgets."""
+    if console.is_jupyter and not find_spec("ipywidgets"):
+        yield Lines(console)
+        return
+    apart = not console.is_jupyter  # a notebook's display flushes stderr: a proxy there would display without end
+    with Progress(
+        *_columns(), console=console, transient=True, expand=True, redirect_stdout=apart, redirect_stderr=apart
+    ) as progress:
         yield Bar(progress)
 
 

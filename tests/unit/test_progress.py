@@ -31,6 +31,23 @@ def report(name: str, error: float = 0.01, damping: float = 0.1, **facts: float)
     )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:install .ipywidgets:UserWarning")
+def test_a_notebook_keeps_its_own_streams(monkeypatch: pytest.MonkeyPatch):
+    """Its display flushes stderr. A proxy that displays what it is given would be flushed again, without end."""
+    before = sys.stdout, sys.stderr
+    monkeypatch.setattr(shown, "find_spec", lambda name: name == "ipywidgets")
+    for notebook in (True, False):
+        console = Console(file=StringIO(), force_jupyter=notebook, force_terminal=not notebook)
+        with shown._bar(console) as bar:
+            assert isinstance(bar, shown.Bar) and ((sys.stdout, sys.stderr) == before) is notebook
+
+
+def test_a_notebook_without_widgets_gets_lines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shown, "find_spec", lambda _: None)
+    with shown._bar(Console(file=StringIO(), force_jupyter=True)) as lines:
+        assert isinstance(lines, shown.Lines)
+
+
 def test_counter_and_clocks_are_whole_on_a_narrow_terminal():
     terminal = Console(file=StringIO(), width=80, force_terminal=True)
     with shown._bar(terminal) as bar, followed_by(bar):
