@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import SETTINGS, TOKENS, checksums, killed, place_of
+from runs import SETTINGS, TOKENS, checksums, forked, killed, place_of
 
 import convexprune
 from convexprune import errors
@@ -184,10 +184,7 @@ def test_a_lock_goes_with_its_process(tmp_path: Path):
             (tmp_path / "held").write_text(str(mine))
             time.sleep(60)
 
-    child = os.fork()
-    if child == 0:
-        hold()
-        os._exit(0)
+    child = forked(hold)
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
     with locked(tmp_path / "lock") as mine:
