@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from convexprune.adapters import EMBEDDED, calibration_and_held_out, load
+from convexprune.core._certificate import certify
 from convexprune.core._penalty import L1, Support
-from convexprune.core._problem import certify
 from convexprune.recipe import make_recipe
 from convexprune.solvers import make_solver
 from convexprune.validation._layer_problems import OperatorProblem, block, block_problems, operator_problems

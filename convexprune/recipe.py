@@ -11,7 +11,7 @@ from convexprune._layerwise.allocation import check_rule
 from convexprune._layerwise.settings import LayerSettings, Refinement, TokenWeighting
 from convexprune._schema import settings as groups
 from convexprune._schema.group import checked
-from convexprune._schema.presets import PRESETS, PUBLISHED, Preset
+from convexprune._schema.presets import PRESETS, Preset, deviations, require_preset
 from convexprune._setting_types import make
 from convexprune.constraints import (
     FAMILIES,
@@ -56,16 +56,7 @@ class Recipe(
             )
         if self.method not in METHODS:
             raise RecipeError(unknown("method", self.method, METHODS))
-        if self.preset is not None and self.preset not in PRESETS:
-            raise RecipeError(unknown("preset", self.preset, PRESETS))
-        if self.preset == "fistapruner":
-            for name, value in PUBLISHED.items():
-                if getattr(self, name) != value:
-                    raise RecipeError(
-                        f"preset='fistapruner' is the algorithm as published, with {name}={value!r}, not "
-                        f"{getattr(self, name)!r}. Leave {name} out, or take method='fistapruner', which has it as "
-                        "asked."
-                    )
+        require_preset(self.preset, vars(self))
         TokenWeighting.parse(self.token_weights)
         if self.embedding_grid is not None and self.quantize in FAMILIES:
             raise RecipeError(
@@ -111,12 +102,7 @@ class Recipe(
     @property
     def deviations(self) -> str | None:
         """Say which settings are not those of the preset, because they were given."""
-        preset = PRESETS.get(self.preset or "balanced", Preset())
-        intended = preset.settings(self.model_dump(), self.sparsity != 0, self.quantize is not None)
-        others = [
-            f"{n}={getattr(self, n)!r}, not {value!r}" for n, value in intended.items() if getattr(self, n) != value
-        ]
-        return f"preset={self.preset!r} with settings that were given: {'; '.join(others)}." if others else None
+        return deviations(self.preset, vars(self))
 
     @property
     def chosen(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune._layerwise.capture import Recorded
@@ -194,8 +194,14 @@ class AbstractRemoval(ABC):
         """Return the name in the smaller model for a `name` in the dense model; None: removed."""
         return name
 
-    def stand_in(self, model: HuggingFaceModel) -> None:  # noqa: B027
-        """Give modules of a dense model new forward passes if zeros of removed parts differ from their absence."""
+    def stand_in(self, model: HuggingFaceModel) -> None:
+        """Give modules of a dense model the forward passes of `stand_ins`."""
+        for module, forward in self.stand_ins(model):
+            module.forward = forward
+
+    def stand_ins(self, model: HuggingFaceModel) -> Iterable[tuple[nn.Module, Callable[..., Any]]]:
+        """Return modules in which zeros of removed parts differ from their absence, with a pass that knows both."""
+        return ()
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Return the remaining shape of a parameter; None if nothing is left."""

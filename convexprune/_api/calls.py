@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from convexprune._api.given import name_of_text, write_copies
+from convexprune._api.given import name_of, name_of_text, write_copies
 from convexprune._api.pruning import InFolder, InMemory
-from convexprune._api.request import name_of
 from convexprune._api.result import PermuteResult, PruneResult, check_hub
 from convexprune._container.layouts import LAYOUTS, imported
 from convexprune._device.machine import default_device

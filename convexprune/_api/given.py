@@ -19,7 +19,14 @@ from convexprune._runs.folder import REPORT, RunFolder
 from convexprune._schema.functions import Call
 from convexprune._storage.files import write_text
 from convexprune._storage.staging import output_folder
-from convexprune.adapters import HuggingFaceModel, calibration_and_held_out, recipe_windows, text_windows
+from convexprune.adapters import (
+    BUNDLED,
+    EMBEDDED,
+    HuggingFaceModel,
+    calibration_and_held_out,
+    recipe_windows,
+    text_windows,
+)
 from convexprune.adapters._data.documents import TEXT_FILES, check_text
 from convexprune.adapters._data.rows import shortage
 from convexprune.adapters._data.sources import addressed, needs_sampling, parts_of
@@ -27,6 +34,7 @@ from convexprune.adapters._discovery.selection import shared_weights, unknown_ma
 from convexprune.errors import CalibrationError, ConvexpruneError, OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import Report
+from convexprune.solvers import AbstractSolver, solver_names
 
 Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
 OF_DATASET = ("calibration", "held_out")
@@ -212,3 +220,35 @@ def _copies(call: Call) -> Path | None:
                     f"{path} was not written by a run, and is not replaced. Give another report_dir (--save)."
                 ) from cause
     return folder
+
+
+def require_read(recipe: Recipe) -> None:
+    """Refuse settings of a quantization without a quantization: nothing would read the settings."""
+    for name, readers in {"group_size": ("quantize",), "quantizer": ("quantize", "bits")}.items():
+        given, read = getattr(recipe, name), any(getattr(recipe, reader) is not None for reader in readers)
+        if not read and given != Recipe.model_fields[name].default:
+            raise RecipeError(
+                f"{name}={given!r} belongs to {' or '.join(readers)} (quantize='int4', say), which is not given, and "
+                "nothing else reads it. Leave it out."
+            )
+
+
+def require_solver(solver: Any) -> AbstractSolver:
+    if isinstance(solver, AbstractSolver):
+        return solver
+    found = f"the class {solver.__name__}" if isinstance(solver, type) else f"a {type(solver).__name__}"
+    raise RecipeError(
+        f"solver is {found}. Accepted: {', '.join(solver_names())}, or an object of a class of your own that derives "
+        "from convexprune.AbstractSolver."
+    )
+
+
+def name_of(source: Any) -> str:
+    """Return the name of a model for its recipe: the bundled model's, a full path, a name on the hub, or a
+    description.
+    """
+    text = source.name_or_path if isinstance(source, PreTrainedModel) else source
+    if not isinstance(text, str | Path) or not text:  # a compiled model has no truth value
+        return given(source)
+    path = Path(text).expanduser()
+    return BUNDLED if path == EMBEDDED else str(path.absolute()) if path.exists() else str(text)

@@ -5,14 +5,24 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from convexprune._api.given import Sources, Windows, check_copies, executor_for, name_of_text, run_warnings, team_size
+from convexprune._api.given import (
+    Sources,
+    Windows,
+    check_copies,
+    executor_for,
+    name_of,
+    name_of_text,
+    require_read,
+    require_solver,
+    run_warnings,
+    team_size,
+)  # fmt: skip
 from convexprune._container.layouts import Size, imported
 from convexprune._device.machine import (
     Clock,
@@ -29,10 +39,9 @@ from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.settings import TokenWeighting
 from convexprune._layerwise.work import Work
 from convexprune._progress import FORECAST, begin
-from convexprune._recipe_file import given
 from convexprune._runs.executors import check_patterns
 from convexprune._schema.functions import Call
-from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, given_tokenizer, load
+from convexprune.adapters import HuggingFaceModel, given_tokenizer, load
 from convexprune.adapters._allocating import allocate, token_weights
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.model_folder import said_of_base
@@ -44,9 +53,8 @@ from convexprune.adapters._removal.base import AbstractRemoval
 from convexprune.adapters._types import TypeChoice, alike, ends, on_grid
 from convexprune.constraints import FAMILIES, Codebook
 from convexprune.errors import ModelError, RecipeError
-from convexprune.recipe import Recipe, make_recipe
+from convexprune.recipe import make_recipe
 from convexprune.report import OnOperator, Report
-from convexprune.solvers import AbstractSolver, solver_names
 from convexprune.validation._perplexity import final_states, fit, of_states, perplexity
 
 logger = logging.getLogger(__name__)
@@ -61,13 +69,13 @@ class Request:
 
     def __init__(self, settings: dict[str, Any], call: Call) -> None:
         self.source, solver = settings["model"], settings.get("solver")
-        own = None if solver is None or isinstance(solver, str) else _require_solver(solver)
+        own = None if solver is None or isinstance(solver, str) else require_solver(solver)
         texts = {name: settings[name] for name in ("dataset", "evaluation") if name in settings}
         named = [name for name, text in texts.items() if name == "dataset" or text is not None]
         names: dict[str, Any] = {name: name_of_text(texts[name]) for name in named}
         names |= {"model": name_of(self.source)} | ({} if own is None else {"solver": type(own).__name__})
         self.recipe = recipe = make_recipe(**settings | names)
-        _require_read(recipe)
+        require_read(recipe)
         self.layers = recipe.layer_settings(recipe.build_pruner(own), bound_rows=recipe.bound_rows)
         self.sources = Sources(texts.get("dataset", recipe.dataset), texts.get("evaluation"))
         self.device = default_device(recipe.device)
@@ -277,38 +285,6 @@ class Request:
                 found = found | {"kl": fit(windows["evaluation"], *networks)[1][1]}
             report.perplexity[name] = found
             self.clock.lap("evaluation")
-
-
-def _require_read(recipe: Recipe) -> None:
-    """Refuse settings of a quantization without a quantization: nothing would read the settings."""
-    for name, readers in {"group_size": ("quantize",), "quantizer": ("quantize", "bits")}.items():
-        given, read = getattr(recipe, name), any(getattr(recipe, reader) is not None for reader in readers)
-        if not read and given != Recipe.model_fields[name].default:
-            raise RecipeError(
-                f"{name}={given!r} belongs to {' or '.join(readers)} (quantize='int4', say), which is not given, and "
-                "nothing else reads it. Leave it out."
-            )
-
-
-def _require_solver(solver: Any) -> AbstractSolver:
-    if isinstance(solver, AbstractSolver):
-        return solver
-    found = f"the class {solver.__name__}" if isinstance(solver, type) else f"a {type(solver).__name__}"
-    raise RecipeError(
-        f"solver is {found}. Accepted: {', '.join(solver_names())}, or an object of a class of your own that derives "
-        "from convexprune.AbstractSolver."
-    )
-
-
-def name_of(source: Any) -> str:
-    """Return the name of a model for its recipe: the bundled model's, a full path, a name on the hub, or a
-    description.
-    """
-    text = source.name_or_path if isinstance(source, PreTrainedModel) else source
-    if not isinstance(text, str | Path) or not text:  # a compiled model has no truth value
-        return given(source)
-    path = Path(text).expanduser()
-    return BUNDLED if path == EMBEDDED else str(path.absolute()) if path.exists() else str(text)
 
 
 def _environment(model: HuggingFaceModel) -> dict[str, Any]:

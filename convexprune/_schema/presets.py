@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from convexprune.errors import RecipeError, unknown
+
 
 class Preset(NamedTuple):
     """Settings of an intention, by what a run does."""
@@ -34,3 +36,23 @@ PRESETS = {
     "fast": Preset({"num_calibration_samples": 32, "bound_rows": 0}, zeros={"method": "sparsegpt"}),
     "fistapruner": Preset(PUBLISHED),
 }
+
+
+def require_preset(name: str | None, settings: Mapping[str, Any]) -> None:
+    """Refuse an unknown preset, and settings beside `fistapruner` that are not those published."""
+    if name is not None and name not in PRESETS:
+        raise RecipeError(unknown("preset", name, PRESETS))
+    for setting, value in PUBLISHED.items() if name == "fistapruner" else ():
+        if settings[setting] != value:
+            raise RecipeError(
+                f"preset='fistapruner' is the algorithm as published, with {setting}={value!r}, not "
+                f"{settings[setting]!r}. Leave {setting} out, or take method='fistapruner', which has it as asked."
+            )
+
+
+def deviations(name: str | None, settings: Mapping[str, Any]) -> str | None:
+    """Say which settings are not those of a preset, because they were given."""
+    preset = PRESETS.get(name or "balanced", Preset())
+    intended = preset.settings(settings, settings["sparsity"] != 0, settings["quantize"] is not None)
+    others = [f"{n}={settings[n]!r}, not {value!r}" for n, value in intended.items() if settings[n] != value]
+    return f"preset={name!r} with settings that were given: {'; '.join(others)}." if others else None

@@ -12,8 +12,7 @@ from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_va
 from convexprune._schema.group import Settings, from_yaml, setting
 from convexprune.errors import RecipeError, shown
 
-BUNDLED = "opt-books"
-"""The name of the small OPT model that comes with convexprune, unless there is a folder of that name."""
+BUNDLED = "opt-books"  # the small OPT model that comes with convexprune, unless there is a folder of that name
 LARGEST_SEED = 2**63 - 1  # torch's generators take no more
 ONE_OF = "a sparsity, a pattern or a method"
 
@@ -25,8 +24,8 @@ def _plain(value: Any) -> Any:
 
 
 Plain = BeforeValidator(_plain)
+# A setting that may be a single name.
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)]
-"""Of a setting that may be a single name."""
 
 
 class ModelSettings(Settings):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.constraints._codebook import Codebook, OnGrid, Scales, WholeNumbers, rounded_scale
+from convexprune.constraints._codebook import Codebook, OnGrid, WholeNumbers
 from convexprune.constraints._grid import ROW, Grid
+from convexprune.constraints._scales import Scales, rounded_scale
 from convexprune.errors import PatternError
 
 LEAST, MOST = 1.0, 6.0  # bits a weight

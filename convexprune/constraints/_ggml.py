@@ -10,17 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.constraints._codebook import (
-    CLIPS,
-    NARROWEST,
-    WIDEST,
-    Codebook,
-    Scales,
-    WholeNumbers,
-    divisible,
-    least_squares,
-    spread,
-)
+from convexprune.constraints._codebook import CLIPS, NARROWEST, WIDEST, Codebook, WholeNumbers, least_squares
+from convexprune.constraints._scales import Scales, divisible, spread
 from convexprune.errors import PatternError
 
 REACH = 9  # values that may be clipped

@@ -6,7 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from convexprune.constraints._codebook import Codebook, Scales, WholeNumbers
+from convexprune.constraints._codebook import Codebook, WholeNumbers
+from convexprune.constraints._scales import Scales
 from convexprune.errors import PatternError
 
 GROUPS = (32, 64, 128)

@@ -82,7 +82,8 @@ class Descent(AbstractQuantizer):
         """Return the mean error of some rows over that of the best answer that a wide beam finds from theirs."""
         best = self._better(quadratic, found, sweep.beam(weight, found, WIDE))
         values, least = quadratic.values(found.weight), quadratic.values(best.weight)
-        return {"codes_over_best": float((values / least.clamp_min(torch.finfo(least.dtype).tiny)).mean())}
+        least = torch.maximum(least, torch.finfo(least.dtype).eps * values)  # no ratio is infinite
+        return {"codes_over_best": float(torch.where(values > 0, values / least, 1.0).mean())}
 
     def _descended(self, quadratic: Quadratic, found: OnGrid, mask: Tensor, price: float) -> OnGrid:
         """Codes, scales and codes in turn, in rows where something moves; scales only where rows share none."""
@@ -124,7 +125,8 @@ def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Scales:
     count, kinds = start.step.shape[1], 1 if start.offset is None else 2
     group, parts = len(gram) // count, list[Scales]()
     for rows in torch.arange(len(residual), device=gram.device).split(max(1, ROOM // (kinds * count) ** 2)):
-        codes, begin = found.codes[rows].unflatten(1, (count, group)), start.map(lambda each, rows=rows: each[rows])
+        part = found.rows(rows)
+        codes, begin = part.codes.unflatten(1, (count, group)), part.scales
         units = [codes] if start.offset is None else [codes, torch.full_like(codes, -1)]
         slope = torch.cat([(residual[rows].view_as(codes) * unit).sum(2) for unit in units], dim=1)
         images = (u[:, g] @ gram[g * group : (g + 1) * group] for u in units for g in range(count))

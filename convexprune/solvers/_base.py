@@ -15,7 +15,7 @@ from torch import Tensor
 from convexprune._setting_types import check_settings
 from convexprune.core import AbstractPenalty, Certificate, Problem, certify
 from convexprune.core._arrays import Shown
-from convexprune.core._problem import certify_each
+from convexprune.core._certificate import certify_each
 from convexprune.errors import ProblemError, UnsupportedError
 
 TOLERANCE = 1e-4

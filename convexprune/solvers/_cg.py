@@ -11,7 +11,7 @@ from convexprune._device.kernels import fused
 from convexprune._device.precision import product
 from convexprune._setting_types import Count, NotNegative, Whole
 from convexprune.core import AbstractPenalty, Problem, Quadratic, Support
-from convexprune.core._problem import certify_each
+from convexprune.core._certificate import certify_each
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty
 
 

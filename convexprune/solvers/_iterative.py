@@ -11,7 +11,7 @@ from torch import Tensor
 from convexprune._device.precision import solving_in
 from convexprune._setting_types import Count, NotNegative
 from convexprune.core import AbstractPenalty, ElasticNet, Problem
-from convexprune.core._problem import proximal_steps, row_gaps
+from convexprune.core._certificate import proximal_steps, row_gaps
 from convexprune.solvers._base import (
     AbstractSolver,
     Solution,

@@ -13,11 +13,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import enet_path
 from torch import Tensor
 
-from convexprune._setting_types import Count, NotNegative, Positive
-from convexprune.core import L1, AbstractPenalty, ElasticNet, Problem
+from convexprune._setting_types import Count
+from convexprune.core import Problem
 from convexprune.errors import UnsupportedError
-from convexprune.solvers._base import AbstractSolver, Solution, Status, certified, initial, require_penalty
-from convexprune.solvers._working_set import prices
+from convexprune.solvers._base import Solution, Status, certified, initial, require_penalty
+from convexprune.solvers._working_set import AbstractByRow, prices
 
 REFUSED = (
     "ScikitLearn takes positive and finite strengths, a ridge in proportion to their squares in each row, and rows of "
@@ -28,7 +28,7 @@ FIRST, LEAST = 0.01, 1e-14  # scikit-learn's tolerance is of weights; the gap fa
 
 
 @dataclass(frozen=True)
-class ScikitLearn(AbstractSolver):
+class ScikitLearn(AbstractByRow):
     """`sklearn.linear_model.enet_path` row by row in float64, in coordinates where each row has one strength.
 
     Args:
@@ -37,16 +37,7 @@ class ScikitLearn(AbstractSolver):
         largest: end with `ITERATION_LIMIT` where rows have more non-zero weights on average, or one meets the limit.
     """
 
-    batches = "rows"
-
-    tolerance: NotNegative = 1e-4
     max_iterations: Count = 1000
-    largest: Positive | None = None
-
-    @property
-    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
-        """L1, and the elastic net, of positive and finite strengths; bounds are zero or none."""
-        return (L1, ElasticNet)
 
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:

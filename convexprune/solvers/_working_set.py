@@ -27,7 +27,23 @@ ALIKE = 1.5  # sizes of working sets that are filled up to a common one
 
 
 @dataclass(frozen=True)
-class WorkingSet(AbstractSolver):
+class AbstractByRow(AbstractSolver):
+    """A solver of separate rows, for penalties of entries and answers with few non-zero weights."""
+
+    batches = "rows"
+
+    tolerance: NotNegative = 1e-4
+    max_iterations: Count = 100
+    largest: Positive | None = None
+
+    @property
+    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
+        """L1, and what adds a parabola or bounds by entry."""
+        return (L1, ElasticNet)
+
+
+@dataclass(frozen=True)
+class WorkingSet(AbstractByRow):
     """Exact solves on the few inputs that matter, row by row, in float64.
 
     A row starts with the strengths at which its start is optimal, and they fall by a factor of 3 a round to those that
@@ -41,17 +57,6 @@ class WorkingSet(AbstractSolver):
         max_iterations: the largest number of rounds.
         largest: end with `ITERATION_LIMIT` where the mean working set would have more inputs.
     """
-
-    batches = "rows"
-
-    tolerance: NotNegative = 1e-4
-    max_iterations: Count = 100
-    largest: Positive | None = None
-
-    @property
-    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
-        """L1, and what adds a parabola or bounds by entry."""
-        return (L1, ElasticNet)
 
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:

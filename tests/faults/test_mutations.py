@@ -44,6 +44,9 @@ from convexprune.core import (
     _bound as bound,
 )
 from convexprune.core import (
+    _certificate as certificate,
+)
+from convexprune.core import (
     _consistency as consistency,
 )
 from convexprune.core import (
@@ -54,9 +57,6 @@ from convexprune.core import (
 )
 from convexprune.core import (
     _permutation as permutation,
-)
-from convexprune.core import (
-    _problem as problem,
 )
 from convexprune.core import (
     _relaxation as relaxation,
@@ -125,7 +125,7 @@ FAULTS = (
           test_reverse_huber.test_the_prox_minimises_its_objective),
     Fault("a reverse Huber conjugate without its price", ReverseHuber.conjugate, " - self.price", "",
           test_reverse_huber.test_fenchel_young_holds_and_is_an_equality_at_a_prox),
-    Fault("a gap of coupled rows, each with a dual point of its own", problem.row_gaps,
+    Fault("a gap of coupled rows, each with a dual point of its own", certificate.row_gaps,
           "_least_sum if penalty.couples_rows else torch.minimum", "torch.minimum",
           test_group_lasso.test_all_rows_have_one_dual_point),
     Fault("a block shrinkage with the step forgotten", GroupLasso._shrinkage, "step * like", "like",
@@ -140,9 +140,9 @@ FAULTS = (
           {"seed": 0, "block": 2, "blocks": {0, 2, 5, 7}}),
     Fault("a gap without the price of scaling", Quadratic.scaled_price, "(1 - scale).square() * (values", "0 * (values",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),
-    Fault("a gap without the price of clipping", problem.row_gaps, "quadratic.inverse_form(residual - dual) + ", "",
+    Fault("a gap without the price of clipping", certificate.row_gaps, "quadratic.inverse_form(residual - dual) + ", "",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),
-    Fault("a gap with half the price of a subgradient", problem.row_gaps,
+    Fault("a gap with half the price of a subgradient", certificate.row_gaps,
           "gaps, quadratic.inverse_form(residual - dual))", "gaps, 0.4 * quadratic.inverse_form(residual - dual))",
           test_certificate.test_without_a_penalty_the_gap_is_the_excess_itself),
     Fault("a step on what is kept for half its price", on_kept._least_squares, "y).sum(1) / 2", "y).sum(1) / 4",
@@ -164,9 +164,9 @@ FAULTS = (
           {"name": "Support", "spread": 1e10}),
     Fault("a status that the certificate does not back", Status.of.__func__, "cls.UNCONFIRMED if", "said if",
           test_foreign_solvers.test_the_certificate_of_a_users_solver_is_ours),
-    Fault("a gap without the penalty", problem._certified, "problem.penalty.values(point)", "0 * point[:, 0]",
+    Fault("a gap without the penalty", certificate._certified, "problem.penalty.values(point)", "0 * point[:, 0]",
           test_certificate.test_the_bound_holds_near_the_solution_too),
-    Fault("a KKT residual of nothing", problem.proximal_steps, "residual / scale, length", "0 * residual, 0.0",
+    Fault("a KKT residual of nothing", certificate.proximal_steps, "residual / scale, length", "0 * residual, 0.0",
           test_certificate.test_the_kkt_residual_is_large_away_from_the_solution),
     Fault("a certificate from the residual at the start", AbstractIterative._solved,
           "problem.quadratic.residual(weight)", "residual",

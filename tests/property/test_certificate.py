@@ -15,8 +15,9 @@ from strategies import (
     sizes,
 )
 
+from convexprune.core._certificate import certify, row_gaps
 from convexprune.core._penalty import L1, Support
-from convexprune.core._problem import Problem, certify, row_gaps
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._side_by_side import SideBySide
 from convexprune.errors import ProblemError

@@ -13,8 +13,9 @@ from pruning_cases import correlated, layer_problem
 from strategies import Layer, random, seeds
 
 from convexprune.constraints import Coded, Constraint, Quantized, SemiStructured, Stacked, Unstructured, parse_pattern
-from convexprune.constraints._codebook import OnGrid, Scales
+from convexprune.constraints._codebook import OnGrid
 from convexprune.constraints._coded import code_lengths, entropy
+from convexprune.constraints._scales import Scales
 from convexprune.errors import PatternError
 from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import choose_damping, damped

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, make_layer, random, seeds, sizes
 
+from convexprune.core._certificate import certify
 from convexprune.core._penalty import L1, Support
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError
 from convexprune.solvers import Status, make_solver

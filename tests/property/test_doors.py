@@ -24,7 +24,7 @@ from convexprune import (
     solve_all,
     solvers,
 )
-from convexprune.core._problem import Certificate
+from convexprune.core._certificate import Certificate
 from convexprune.errors import ConvexpruneError, DependencyError, ProblemError
 
 TIGHT = {"tolerance": 1e-9, "max_iterations": 20_000}

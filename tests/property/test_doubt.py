@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from strategies import make_layer, random, seeds
 from torch import Tensor
 
+from convexprune.core._certificate import certify
 from convexprune.core._penalty import L1, Support
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.solvers import Status, make_solver
 

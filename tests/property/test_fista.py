@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PENALTIES, make_problem, problems, random, seeds
 
+from convexprune.core._certificate import certify
 from convexprune.core._penalty import L1
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.solvers import Status, make_solver
 from convexprune.solvers._fista import FISTA

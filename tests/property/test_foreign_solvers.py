@@ -7,9 +7,10 @@ import pytest
 import torch
 from strategies import make_problem, random
 
+from convexprune.core._certificate import Certificate, certify
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Certificate, Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.errors import ProblemError, RecipeError

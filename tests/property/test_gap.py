@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from strategies import PENALTIES, make_chain, make_layer, make_penalty, problems, random, seeds
 
 from convexprune.core import _on_kept as on_kept
+from convexprune.core._certificate import certify, row_gaps
 from convexprune.core._on_kept import gaps_on_kept
 from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Problem, certify, row_gaps
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.solvers import Status, make_solver
 from convexprune.solvers._fista import FISTA

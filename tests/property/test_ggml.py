@@ -12,8 +12,9 @@ from strategies import random, seeds
 from torch import Tensor
 
 from convexprune.constraints import Grid, Quantized, SemiStructured, Stacked, Unstructured
-from convexprune.constraints._codebook import OnGrid, Scales, spread
+from convexprune.constraints._codebook import OnGrid
 from convexprune.constraints._ggml import BLOCKS, Q4_K, Q8_0, Block, Super, WithMinima
+from convexprune.constraints._scales import Scales, spread
 from convexprune.errors import PatternError
 from convexprune.pruners import LayerEdit
 from convexprune.pruners._damped import choose_damping, damped

@@ -8,8 +8,8 @@ from strategies import random, seeds
 from torch import Tensor
 
 from convexprune.constraints import Grid, Quantized, Unstructured
-from convexprune.constraints._codebook import Scales, rounded_scale, spread
 from convexprune.constraints._grid import ROW
+from convexprune.constraints._scales import Scales, rounded_scale, spread
 from convexprune.errors import PatternError
 
 grids = st.builds(Grid, st.integers(3, 8), st.sampled_from((32, 64, ROW)))

@@ -8,9 +8,10 @@ from strategies import make_layer, random, seeds, sizes
 from test_columns import folded
 from torch import Tensor
 
+from convexprune.core._certificate import certify
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._on_kept import gaps_on_kept
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError
 from convexprune.solvers import Status, make_solver

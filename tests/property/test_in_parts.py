@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from convexprune._device import capabilities, precision
 from convexprune._device.precision import Parts, certifies_in_parts, certifying_in, error_of_parts, product_of_parts
 from convexprune.core import _in_parts as in_parts
+from convexprune.core._certificate import Certificate, certify
 from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Certificate, Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.solvers._fista import FISTA
 

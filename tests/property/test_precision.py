@@ -18,8 +18,9 @@ from convexprune._device.precision import add_gram, add_product, product, solvin
 from convexprune._device.switches import restored
 from convexprune.constraints import Unstructured
 from convexprune.core import _symmetric as triangle
+from convexprune.core._certificate import certify
 from convexprune.core._moments import Moments
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.pruners import Convex
 from convexprune.solvers._fista import FISTA
 

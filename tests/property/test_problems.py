@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from convexprune import problems
+from convexprune.core._certificate import certify
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.errors import ProblemError, UnsupportedError
 from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names
 

@@ -11,9 +11,10 @@ from strategies import Layer, seeds
 from torch import Tensor
 
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
-from convexprune.constraints._codebook import Codebook, OnGrid, Scales, spread
+from convexprune.constraints._codebook import Codebook, OnGrid
 from convexprune.constraints._ggml import Q4_K
 from convexprune.constraints._grid import NF4, ROW
+from convexprune.constraints._scales import Scales, spread
 from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import damped
 from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import make_layer, random, seeds, sizes
 
-from convexprune.core._problem import Problem, certify
+from convexprune.core._certificate import certify
+from convexprune.core._problem import Problem
 from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.errors import ProblemError
 from convexprune.solvers import Status, make_solver

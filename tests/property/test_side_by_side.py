@@ -18,9 +18,10 @@ from convexprune._layerwise.steps.measure import sampled_bounds_of_all
 from convexprune.constraints import Columns, Constraint, SemiStructured, Stacked, Unstructured
 from convexprune.constraints._coded import Coded
 from convexprune.constraints._combined import Quantized
+from convexprune.core._certificate import certify, certify_each
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Problem, certify, certify_each
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._side_by_side import SideBySide
 from convexprune.pruners import ADMM, AbstractPruner, Convex, Damping, LayerProblem, SparseGPT

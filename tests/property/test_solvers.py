@@ -6,8 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import KINDS, PENALTIES, STRENGTHS, make_problem, problems, random, seeds, sizes
 
+from convexprune.core._certificate import certify
 from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError, RecipeError, UnsupportedError
 from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names

@@ -15,8 +15,7 @@ from test_cli import folder
 from torch import Tensor
 
 import convexprune
-from convexprune._api.given import name_of_text
-from convexprune._api.request import name_of
+from convexprune._api.given import name_of, name_of_text
 from convexprune._recipe_file import read_recipe, write_recipe
 from convexprune.adapters import BUNDLED, EMBEDDED, load
 from convexprune.adapters._data import calibration
