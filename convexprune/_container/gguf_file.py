@@ -23,7 +23,7 @@ from convexprune._runs.folder import BLOCKS, RunFolder
 from convexprune._storage.files import named, read_text
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, cast, entries
-from convexprune.constraints import FAMILIES, Q4_0, Q8_0, Block, Codebook, Grid, Scales, make_grid, parse_pattern
+from convexprune.constraints import FAMILIES, Q4_0, Q5_0, Q8_0, Block, Codebook, Grid, Scales, make_grid, parse_pattern
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import Report
 
@@ -31,6 +31,11 @@ LONGEST = 1 << 28  # bytes of config.json
 ROWS = 1 << 24  # weights that are compared at once
 TYPES = {kind.name.lower(): kind for kind in gguf.GGMLQuantizationType}
 DTYPES = {TYPES["f32"]: torch.float32, TYPES["f16"]: torch.float16, TYPES["bf16"]: torch.bfloat16}
+
+
+def blocks_of(grid: Grid) -> Block:
+    """Return the smallest blocks that hold all codes of a grid."""
+    return next(kind() for kind in (Q4_0, Q5_0, Q8_0) if grid.bits <= kind.bits)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Quantized:
     @property
     def type(self) -> gguf.GGMLQuantizationType:
         """The type of the tensor in the file."""
-        return TYPES[("q4_0" if self.grid.bits <= 4 else "q8_0") if isinstance(self.grid, Grid) else str(self.grid)]
+        return TYPES[str(blocks_of(self.grid) if isinstance(self.grid, Grid) else self.grid)]
 
     def read(self, tensor: Tensor) -> Tensor:
         """Return the bytes [m ...] of a stored weight [m n]."""
@@ -53,7 +58,7 @@ class Quantized:
             return self.blocks.read().chunk(self.count)[self.number]
         assert isinstance(self.grid, Grid)
         step, codes, _ = self.grid.find(tensor)
-        blocks = Q4_0() if self.grid.bits <= 4 else Q8_0()
+        blocks = blocks_of(self.grid)
         step = step.repeat_interleave(tensor.shape[1] // step.shape[1] // blocks.group, dim=1)
         return blocks.pack(codes.float(), Scales(step))
 

@@ -102,10 +102,10 @@ class TargetSettings(Settings):
     quantize: str | None = setting(
         None,
         "What is kept becomes numbers of so few bits, times a scale for each group of weights; zeros stay zero. Whole "
-        "numbers: int8 to int3. Tables: nf4, fp4, mxfp4. Blocks of GGUF files: q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, "
-        "iq4_xs, q3_k, q2_k. The best for each operator and the head, within target or bits: gguf, of these blocks, "
-        "for the embedding, too; compressed-tensors, of int8 and int4. With a sparsity of 0: quantization alone. Left "
-        "out: none.",
+        "numbers: int8 to int3. Tables: nf4, fp4, mxfp4. Blocks of GGUF files: q8_0, q6_k, q5_k, q5_0, q4_k, q4_0, "
+        "iq4_nl, iq4_xs, q3_k, q2_k. The best for each operator and the head, within target or bits: gguf, of these "
+        "blocks, for the embedding, too; compressed-tensors, of int8 and int4. With a sparsity of 0: quantization "
+        "alone. Left out: none.",
     )
     embedding: str | None = setting(
         None,

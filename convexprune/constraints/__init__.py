@@ -11,7 +11,7 @@ from convexprune.constraints._coded import Coded, entropy
 from convexprune.constraints._columns import Channels, Columns, Experts, Heads, Layers
 from convexprune.constraints._combined import Quantized, Stacked
 from convexprune.constraints._entries import SemiStructured, Unstructured
-from convexprune.constraints._ggml import BLOCKS, Q4_0, Q8_0, Block
+from convexprune.constraints._ggml import BLOCKS, Q4_0, Q5_0, Q8_0, Block
 from convexprune.constraints._grid import FP4, GROUPS, MXFP4, NF4, ROW, Grid, Grouped
 from convexprune.constraints._scales import Scales, divisible
 from convexprune.errors import PatternError, unknown

@@ -36,7 +36,7 @@ class Block(Codebook):
         if columns % self.block:
             raise PatternError(
                 f"{columns} columns are no whole number of blocks of {self.block}, which {self.name} needs. "
-                "Take iq4_nl, q4_0 or q8_0, whose blocks have 32, or leave such operators out (ignore)."
+                "Take iq4_nl, q4_0, q5_0 or q8_0, whose blocks have 32, or leave such operators out (ignore)."
             )
 
     def round_step(self, step: Tensor) -> Tensor:
@@ -99,6 +99,14 @@ class Q8_0(Q4_0):
 
     def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
         return [halves(scales.step), places]
+
+
+class Q5_0(Q4_0):
+    name, bits = "q5_0", 5.5
+    values = tuple(map(float, range(-16, 16)))
+
+    def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
+        return [halves(scales.step), fields(places >> 4, 8, 1), fields(places & 15, 2, 16)]
 
 
 class IQ4_NL(Block):
@@ -249,7 +257,7 @@ class Q5_K(Q4_K):
         return [*map(halves, scales.units), self._six_bits(scales), high, low]
 
 
-BLOCKS: tuple[type[Block], ...] = (Q8_0, Q6_K, Q5_K, Q4_K, Q4_0, IQ4_NL, IQ4_XS, Q3_K, Q2_K)
+BLOCKS: tuple[type[Block], ...] = (Q8_0, Q6_K, Q5_K, Q5_0, Q4_K, Q4_0, IQ4_NL, IQ4_XS, Q3_K, Q2_K)
 
 
 def halves(numbers: Tensor) -> Tensor:

@@ -131,7 +131,12 @@ def test_experts_are_stacked_in_their_order(family: str, tmp_path: Path):
     assert types["blk.0.ffn_gate_inp.weight"] == "F32"
 
 
-INTS = ({"quantize": "int4"}, "Q4_0"), ({"quantize": "int8", "sparsity": 0.5}, "Q8_0"), ({}, "F32")
+INTS = (
+    ({"quantize": "int4"}, "Q4_0"),
+    ({"quantize": "int5"}, "Q5_0"),
+    ({"quantize": "int8", "sparsity": 0.5}, "Q8_0"),
+    ({}, "F32"),
+)
 
 
 @pytest.mark.parametrize(("settings", "kind"), INTS)
@@ -194,7 +199,7 @@ def test_a_run_that_was_interrupted_has_the_same_blocks(tmp_path: Path):
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("name", ["dense", "q4_k", "iq4_nl"])
+@pytest.mark.parametrize("name", ["dense", "q4_k", "iq4_nl", "q5_0"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_llama_cpp_computes_what_the_folder_does(family: str, name: str, tmp_path: Path):
     folder = built(family, tmp_path / "dense")

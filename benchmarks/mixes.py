@@ -1,0 +1,103 @@
+"""Whole GGUF files of one size: llama.cpp's own mixes with an importance matrix, and ours by `target`.
+
+    pip install llama-cpp-py-sync gguf
+    python benchmarks/mixes.py MODEL --dataset TEXT --eval-text TEXT [TEXT ...] [--mixes Q4_K_M Q3_K_M Q2_K]
+
+MODEL is the folder of a LLaMA or a Qwen. TEXT is a file, python-docs or licences. llama.cpp quantizes the exported dense
+file (`llama_model_quantize`), with the mean squares of each operator's inputs on the calibration tokens as its importance
+matrix. `convexprune.prune(target=BYTES)` then makes a file of at most as many bytes from the same tokens. transformers
+reads both files back. KL is that from the dense model, in nats a token.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gguf
+import torch
+from imatrix import divergences, importances, spread
+from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib  # pyright: ignore[reportMissingImports]
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import convexprune
+from convexprune.adapters import load
+
+FFI, LLAMA = get_ffi(), get_lib()
+MIXES = {name.removeprefix("MOSTLY_"): int(number) for name, number in gguf.LlamaFileType.__members__.items()}
+
+
+def by_llama_cpp(dense: Path, path: Path, mix: str, importance: dict[str, Tensor], layers: int) -> None:
+    """Let llama.cpp write a file in one of its mixes."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    data = FFI.new("struct llama_model_imatrix_data[]", len(importance) + 1)  # the last is empty: the end
+    kept = []
+    for entry, (name, values) in zip(data, importance.items(), strict=False):
+        values = values.float().contiguous()
+        kept += [values, FFI.new("char[]", f"{names.get_name(name)}.weight".encode())]
+        entry.name, entry.data, entry.size = kept[-1], FFI.cast("float *", values.data_ptr()), values.numel()
+    asked = FFI.new("llama_model_quantize_params *", LLAMA.llama_model_quantize_default_params())
+    asked.ftype, asked.nthread, asked.imatrix = MIXES[mix], 1, data
+    if LLAMA.llama_model_quantize(str(dense).encode(), str(path).encode(), asked):
+        raise SystemExit(f"llama.cpp does not write {mix}.")
+
+
+def by_us(model: str, tokens: Tensor, path: Path, size: int) -> None:
+    """Write a file of at most a size."""
+    run = path.with_suffix("")
+    samples = {"num_calibration_samples": len(tokens), "held_out_samples": 0}
+    convexprune.prune(model, dataset=tokens, target=size, evaluation=None, output_dir=run, **samples)
+    convexprune.export(run, path, format="gguf")
+
+
+def read(path: Path) -> nn.Module:
+    """Return the model of a file as transformers reads it, in float32."""
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def counted(path: Path) -> str:
+    """Return the types of a file's matrices, with the number of each."""
+    types = [tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1]
+    return " ".join(f"{types.count(kind)} {kind}" for kind in sorted(set(types)))
+
+
+def main() -> None:
+    """Print the table, a line as soon as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--eval-text", nargs="+", required=True)
+    parser.add_argument("--mixes", nargs="+", default=["Q4_K_M", "Q3_K_M", "Q2_K"], choices=MIXES)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=8, help="of each text to evaluate on")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    loaded = load(asked.model, device="cpu", dtype=torch.float32)
+    tokens = spread(asked.dataset, loaded, asked.length, asked.samples)
+    texts = {text: spread(text, loaded, asked.length, asked.windows) for text in asked.eval_text}
+    names = [f"{layer.name}.{operator.name}" for layer in loaded.layers for operator in layer.operators]
+    weights = sum(parameter.numel() for parameter in loaded.model.parameters())
+    importance = importances(loaded.model, names, tokens)
+    print(f"| mix | by | bytes | bits | KL: {' / '.join(Path(t).name for t in texts)} | tensors | s |")
+    print("|---|---|---|---|---|---|---|")
+    with TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense.gguf"
+        convexprune.export(asked.model, dense, format="gguf")
+        for mix in asked.mixes:
+            theirs, ours = (Path(folder) / f"{mix}-{who}.gguf" for who in ("theirs", "ours"))
+            for who, path in (("llama.cpp, imatrix", theirs), ("**ours**", ours)):
+                began = time.perf_counter()
+                if path is theirs:
+                    by_llama_cpp(dense, path, mix, importance, len(loaded.layers))
+                else:
+                    by_us(asked.model, tokens, path, theirs.stat().st_size)
+                seconds, size, model = time.perf_counter() - began, path.stat().st_size, read(path)
+                found = [divergences(loaded.model, {who: model}, windows)[who] for windows in texts.values()]
+                figures = f"{size:,} | {8 * size / weights:.2f} | {' / '.join(f'{v:.4f}' for v in found)}"
+                print(f"| {mix} | {who} | {figures} | {counted(path)} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
