@@ -1,16 +1,20 @@
-"""Whole GGUF files of one size: llama.cpp's own mixes with an importance matrix, and ours by `target`.
+"""Whole GGUF files of one size: llama.cpp's own mixes with an importance matrix, AutoRound's, and ours by `target`.
 
-    pip install llama-cpp-py-sync gguf
+    pip install llama-cpp-py-sync gguf            # and auto-round, for the rows of AutoRound
     python benchmarks/mixes.py MODEL --dataset TEXT --eval-text TEXT [TEXT ...] [--mixes Q4_K_M Q3_K_M Q2_K]
+        [--by llama.cpp ours auto-round:200]
 
 MODEL is the folder of a LLaMA or a Qwen. TEXT is a file, python-docs or licences. llama.cpp quantizes the exported dense
 file (`llama_model_quantize`), with the mean squares of each operator's inputs on the calibration tokens as its importance
-matrix. `convexprune.prune(target=BYTES)` then makes a file of at most as many bytes from the same tokens. transformers
-reads both files back. KL is that from the dense model, in nats a token.
+matrix. `convexprune.prune(target=BYTES)` makes a file of at most as many bytes from the same tokens. AutoRound trains
+the rounding, so many steps for a layer on the same tokens (200 is its default, 50 its light recipe). transformers reads
+all files back. KL is that from the dense model, in nats a token.
 """
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,6 +55,19 @@ def by_us(model: str, tokens: Tensor, path: Path, size: int) -> None:
     convexprune.export(run, path, format="gguf")
 
 
+def by_auto_round(steps: int, model: str, tokens: Tensor, path: Path, mix: str) -> None:
+    """Let AutoRound train the rounding and write a file."""
+    from auto_round import AutoRound  # pyright: ignore[reportMissingImports]
+
+    kind, folder = f"gguf:{mix.lower()}", path.with_suffix("")
+    data = [{"input_ids": window[None], "attention_mask": torch.ones_like(window[None])} for window in tokens]
+    sizes = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "iters": steps}
+    rounding = AutoRound(model, scheme=kind, dataset=data, device_map="cpu", enable_torch_compile=False, **sizes)
+    rounding.quantize_and_save(str(folder), format=kind)
+    (found,) = folder.rglob("*.gguf")
+    found.rename(path)
+
+
 def read(path: Path) -> nn.Module:
     """Return the model of a file as transformers reads it, in float32."""
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
@@ -69,6 +86,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--eval-text", nargs="+", required=True)
     parser.add_argument("--mixes", nargs="+", default=["Q4_K_M", "Q3_K_M", "Q2_K"], choices=MIXES)
+    parser.add_argument("--by", nargs="+", default=["llama.cpp", "ours"], help="the first makes the size for ours")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=8, help="of each text to evaluate on")
@@ -83,20 +101,24 @@ def main() -> None:
     print(f"| mix | by | bytes | bits | KL: {' / '.join(Path(t).name for t in texts)} | tensors | s |")
     print("|---|---|---|---|---|---|---|")
     with TemporaryDirectory() as folder:
-        dense = Path(folder) / "dense.gguf"
+        dense, sizes = Path(folder) / "dense.gguf", dict[str, int]()
         convexprune.export(asked.model, dense, format="gguf")
         for mix in asked.mixes:
-            theirs, ours = (Path(folder) / f"{mix}-{who}.gguf" for who in ("theirs", "ours"))
-            for who, path in (("llama.cpp, imatrix", theirs), ("**ours**", ours)):
-                began = time.perf_counter()
-                if path is theirs:
-                    by_llama_cpp(dense, path, mix, importance, len(loaded.layers))
-                else:
-                    by_us(asked.model, tokens, path, theirs.stat().st_size)
+            for by in asked.by:
+                path, began = Path(folder) / f"{mix}-{by.replace(':', '-')}.gguf", time.perf_counter()
+                write: dict[str, Callable[[], None]] = {
+                    "llama.cpp": partial(by_llama_cpp, dense, path, mix, importance, len(loaded.layers)),
+                    "ours": partial(by_us, asked.model, tokens, path, sizes.get(mix, 0)),
+                    "auto-round": partial(
+                        by_auto_round, int(by.partition(":")[2] or 200), asked.model, tokens, path, mix
+                    ),
+                }
+                write[by.partition(":")[0]]()
+                sizes.setdefault(mix, path.stat().st_size)
                 seconds, size, model = time.perf_counter() - began, path.stat().st_size, read(path)
-                found = [divergences(loaded.model, {who: model}, windows)[who] for windows in texts.values()]
+                found = [divergences(loaded.model, {by: model}, windows)[by] for windows in texts.values()]
                 figures = f"{size:,} | {8 * size / weights:.2f} | {' / '.join(f'{v:.4f}' for v in found)}"
-                print(f"| {mix} | {who} | {figures} | {counted(path)} | {seconds:.0f} |", flush=True)
+                print(f"| {mix} | {by} | {figures} | {counted(path)} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,19 @@ from convexprune._progress import begin
 from convexprune._progress.shown import visible
 from convexprune._schema.functions import EVALUATE, Evaluate
 from convexprune._schema.parameters import documented
-from convexprune.adapters import HuggingFaceModel, answers, bundled_if_none, load, read_documents, text_windows
-from convexprune.adapters._data.documents import CORPORA, TEXT_FILES, check_text, datasets_package, hub_text
+from convexprune.adapters import (
+    CORPORA,
+    TEXT_FILES,
+    HuggingFaceModel,
+    answers,
+    bundled_if_none,
+    check_text,
+    datasets_package,
+    hub_text,
+    load,
+    read_documents,
+    text_windows,
+)
 from convexprune.errors import CalibrationError, ModelError, RecipeError, unknown
 from convexprune.report import finite
 

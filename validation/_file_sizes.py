@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from convexprune._container.layouts import LAYOUTS, imported
-from convexprune.adapters._inspection.outline import Outline
-from convexprune.adapters._types import alike
+from convexprune.adapters import Outline, alike
 from convexprune.errors import DependencyError, ModelError
 
 Sizes = dict[str, tuple[int, int]]

@@ -28,12 +28,18 @@ from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
 from convexprune._storage.files import named
 from convexprune._storage.staging import Staging
-from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows
-from convexprune.adapters._channels.permuting import find_permutation
-from convexprune.adapters._checkpoints.admission import refuse_headless
-from convexprune.adapters._data.sources import needs_sampling
-from convexprune.adapters._inspection.inspection import Inspection
-from convexprune.adapters._saving import save_permuted
+from convexprune.adapters import (
+    Inspection,
+    bundled_if_none,
+    check_dataset,
+    find_permutation,
+    given_tokenizer,
+    load,
+    needs_sampling,
+    recipe_windows,
+    refuse_headless,
+    save_permuted,
+)
 from convexprune.errors import PatternError, RecipeError, unknown
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.solvers import AbstractSolver

@@ -22,15 +22,19 @@ from convexprune._storage.staging import output_folder
 from convexprune.adapters import (
     BUNDLED,
     EMBEDDED,
+    TEXT_FILES,
     HuggingFaceModel,
+    addressed,
     calibration_and_held_out,
+    check_text,
+    needs_sampling,
+    parts_of,
     recipe_windows,
+    shared_weights,
+    shortage,
     text_windows,
+    unknown_maps,
 )
-from convexprune.adapters._data.documents import TEXT_FILES, check_text
-from convexprune.adapters._data.rows import shortage
-from convexprune.adapters._data.sources import addressed, needs_sampling, parts_of
-from convexprune.adapters._discovery.selection import shared_weights, unknown_maps
 from convexprune.errors import CalibrationError, ConvexpruneError, OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import Report

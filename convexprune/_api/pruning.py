@@ -29,11 +29,17 @@ from convexprune._schema.functions import Call
 from convexprune._storage.batches import room_on
 from convexprune._storage.files import checksums, sha256, write_json
 from convexprune._storage.staging import output_folder
-from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
-from convexprune.adapters._inspection.inspection import Inspection, inspect
-from convexprune.adapters._inspection.outline import device_bytes
-from convexprune.adapters._loading.packed import load as load_packed
-from convexprune.adapters._saving import pruned_entries, require_written
+from convexprune.adapters import (
+    HuggingFaceModel,
+    Inspection,
+    device_bytes,
+    inspect,
+    load_packed,
+    pruned_entries,
+    reopen,
+    require_written,
+    save_from_store,
+)
 from convexprune.recipe import PRESETS
 from convexprune.report import OperatorReport, Report
 from convexprune.validation._advice import measured_near

@@ -41,16 +41,24 @@ from convexprune._layerwise.work import Work
 from convexprune._progress import FORECAST, begin
 from convexprune._runs.executors import check_patterns
 from convexprune._schema.functions import Call
-from convexprune.adapters import HuggingFaceModel, given_tokenizer, load
-from convexprune.adapters._allocating import allocate, token_weights
-from convexprune.adapters._checkpoints.admission import refuse_headless
-from convexprune.adapters._checkpoints.model_folder import said_of_base
-from convexprune.adapters._data.sources import needs_sampling
-from convexprune.adapters._discovery.selection import with_rules
-from convexprune.adapters._inspection.outline import what_needs_less
-from convexprune.adapters._removal import find_removal
-from convexprune.adapters._removal.base import AbstractRemoval
-from convexprune.adapters._types import TypeChoice, alike, ends, on_grid
+from convexprune.adapters import (
+    AbstractRemoval,
+    HuggingFaceModel,
+    TypeChoice,
+    alike,
+    allocate,
+    ends,
+    find_removal,
+    given_tokenizer,
+    load,
+    needs_sampling,
+    on_grid,
+    refuse_headless,
+    said_of_base,
+    token_weights,
+    what_needs_less,
+    with_rules,
+)
 from convexprune.constraints import FAMILIES, Codebook
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import make_recipe

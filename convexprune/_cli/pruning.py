@@ -15,8 +15,7 @@ from convexprune._schema.functions import INSPECT, PERMUTE, PRUNE
 
 if TYPE_CHECKING:
     from convexprune._api.result import PruneResult
-    from convexprune.adapters._channels.permuting import Permutation, Permuted
-    from convexprune.adapters._inspection.inspection import Inspection
+    from convexprune.adapters import Inspection, Permutation, Permuted
     from convexprune.report import Report
 
 WIDTH = 80  # columns of a terminal
@@ -122,7 +121,7 @@ def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
     Ends with exit status 1 if the device memory is not enough.
     """
     with working(quiet):
-        from convexprune.adapters._inspection.inspection import inspect as inspect_model
+        from convexprune.adapters import inspect as inspect_model
 
         inspection = inspect_model(settings.pop("model", None), **settings)
     show_inspection(inspection, as_json)
