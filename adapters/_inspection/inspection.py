@@ -26,7 +26,7 @@ from convexprune.recipe import Recipe, make_recipe
 from .._data.sources import needs_sampling
 from .._discovery.selection import with_rules
 from .._loading.loading import bundled_if_none
-from .outline import gib, read_outline, setting_of
+from .outline import bytes_by_change, gib, read_outline, setting_of
 
 SURVEY = "The look at the dense model that comes before, for the allocation of the zeros, is not counted."
 NO_GPU = "The time is an estimate by the rate of products. It was never compared with a run on a GPU."
@@ -157,8 +157,6 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     if device != "cpu" and device_memory is None:
         device_memory = torch.cuda.get_device_properties(device).total_memory
     memory, work = cost.memory(outline.size, setting), cost.work(outline.size, setting)
-    ways = cost.cheaper(setting, bool(checked.refit))
-    changes = {way: cost.memory(outline.size, s).device for way, s in ways.items()}
     return Inspection(
         model=outline.name,
         recipe=checked.model_dump(mode="json") | {"max_seq_length": setting.length},
@@ -176,7 +174,7 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
         seconds=seconds(work, measured_speed(device, outline.dtype), setting.method),
         device=device,
         device_memory=device_memory,
-        changes=changes,
+        changes=bytes_by_change(checked, outline, setting),
         notes=(*outline.notes, *_notes(checked, layers), *([] if device == "cpu" else [NO_GPU])),
     )
 

@@ -18,6 +18,7 @@ from convexprune._runs import cost, sizes
 from convexprune._runs.sizes import LayerSize, ModelSize, Stack
 from convexprune._storage.files import named
 from convexprune.errors import ModelError
+from convexprune.pruners import AbstractPruner, Cost, SparseGPT
 from convexprune.quantizers import QUANTIZERS
 from convexprune.recipe import Recipe
 
@@ -195,20 +196,28 @@ GIB = 1 << 30
 
 def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
-    weighed, method = recipe.allocation in WEIGHED, recipe.method
+    pruner = recipe.build_pruner()
+    method, scaled = method_of(recipe, pruner), cost.SCALED * (recipe.allocation in WEIGHED)
     return sizes.Setting(
         samples=recipe.num_calibration_samples,
         held_out=recipe.spare_samples,
         length=length,
         batch=recipe.batch_size,
-        method=sizes.method_cost(method, bool(recipe.refit), weighed),
+        method=method._replace(rectangles=method.rectangles + scaled),
         correction=recipe.error_correction > 0,
         dense_prefix=recipe.prefix == "dense",
         bound=recipe.bound_rows > 0,
         gradients=min(gradient_windows(recipe.allocation, length), recipe.num_calibration_samples),
-        side_by_side=recipe.build_pruner().side_by_side,
+        side_by_side=pruner.side_by_side,
         input_errors=QUANTIZERS[recipe.quantizer].input_errors,
     )
+
+
+def method_of(recipe: Recipe, pruner: AbstractPruner) -> Cost:
+    """Return the needs of a pruner, if zeros are asked for, and of the recipe's quantizer, if codes are."""
+    grid, dense = recipe.build_pattern().grid, recipe.sparsity == 0
+    needs = Cost() if dense else pruner.cost
+    return needs if grid is None else needs.then(recipe.layer_settings().quantizer.cost(grid, dense))
 
 
 def device_bytes(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> int:
@@ -216,14 +225,19 @@ def device_bytes(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
     return cost.memory(outline.size, setting_of(recipe, outline)).device
 
 
+def bytes_by_change(recipe: Recipe, outline: Outline, setting: sizes.Setting) -> dict[str, int]:
+    """Return settings that may need less memory, and the bytes that a run then needs."""
+    ways = cost.cheaper(setting, method_of(recipe, SparseGPT()), bool(recipe.refit))
+    return {way: cost.memory(outline.size, other).device for way, other in ways.items()}
+
+
 def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> str:
     """Return a sentence with the device memory that a run needs, and settings that need less."""
     outline = read_outline(source, recipe, trust_remote_code)
     setting = setting_of(recipe, outline)
     needed = cost.memory(outline.size, setting).device
-    ways = cost.cheaper(setting, bool(recipe.refit)).items()
-    sizes_by_way = {way: cost.memory(outline.size, other).device for way, other in ways}
-    less = [f"{way} {gib(size)}" for way, size in sizes_by_way.items() if size < needed]
+    ways = bytes_by_change(recipe, outline, setting).items()
+    less = [f"{way} {gib(size)}" for way, size in ways if size < needed]
     told = f" With other settings: {', '.join(less)}." if less else ""
     return f"By its formula this run needs {gib(needed)}, beside what else is there.{told}"
 

@@ -11,8 +11,9 @@ from torch.utils.benchmark import Timer
 from convexprune._device.precision import widened
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.measure import WIDE, WIDEST
-from convexprune._runs.sizes import SCALED, LayerSize, Method, ModelSize, Setting, Stack, method_cost
+from convexprune._runs.sizes import LayerSize, ModelSize, Setting, Stack
 from convexprune.core._moments import ErrorMoments
+from convexprune.pruners import Cost
 
 FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
 LIBRARIES = 520 << 20  # bytes of Python, torch, transformers and a tokenizer in use (measured, Linux, CPU)
@@ -69,7 +70,7 @@ def correcting(stack: Stack) -> float:
     return 4 * m * n if ErrorMoments.cheaper_in_output_space(stack.outputs, stack.inputs) else 3 * n * n
 
 
-def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:
+def problem_bytes(stack: Stack, method: Cost, bound: bool = False) -> int:
     """Return the bytes of a problem: the moments of all windows, and matrices of the method or of the bound."""
     m, n = stack.outputs, stack.inputs
     solving = method.squares * n * n + (method.rectangles * m + method.apart * max(stack.heights)) * n
@@ -168,8 +169,11 @@ def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
     return layers + model.bytes + 2 * hidden + seen
 
 
-def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:
-    """Settings that need less memory, the least loss first."""
+SCALED = 1  # matrix [m n] more at the peak, if rows are weighed; what they were scaled to is gone by the next one
+
+
+def cheaper(setting: Setting, light: Cost, refit: bool) -> dict[str, Setting]:
+    """Return settings that need less memory, the least loss first; `light` are the needs with method SparseGPT."""
     ways: dict[str, Setting] = {}
     if setting.batch > 1:
         ways["--batch-size 1"] = replace(setting, batch=1)
@@ -178,7 +182,6 @@ def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:
         ways["--allocation uniform"] = replace(setting, gradients=0, method=alike)
     if setting.correction:
         ways["--error-correction 0"] = replace(setting, correction=False)
-    light = method_cost("sparsegpt", False)
     if setting.method.rectangles > light.rectangles:
         lighter = replace(setting, method=light, side_by_side=False)
         ways["--method sparsegpt" + (" --no-refit" if refit else "")] = lighter
@@ -193,7 +196,7 @@ class Speed:
     forward: float
 
 
-def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
+def seconds(work: Operations, speed: Speed, method: Cost) -> dict[str, float]:
     return {
         "forward": work.forward / speed.forward,
         "gram": work.gram / speed.single,

@@ -8,6 +8,7 @@ from convexprune.pruners._baselines.osscar import OSSCAR
 from convexprune.pruners._baselines.scores import REAP, Magnitude, ShortGPT, Wanda, WandaSP
 from convexprune.pruners._baselines.sparsegpt import SparseGPT
 from convexprune.pruners._convex import Convex
+from convexprune.pruners._cost import Cost
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.pruners._refit import Refitted, refitted
 

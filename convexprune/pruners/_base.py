@@ -13,6 +13,7 @@ from convexprune._setting_types import check_settings
 from convexprune.constraints import Constraint, sizes
 from convexprune.core import Moments, Quadratic
 from convexprune.errors import PatternError
+from convexprune.pruners._cost import Cost
 from convexprune.solvers import Solution
 
 
@@ -208,6 +209,7 @@ class AbstractPruner(ABC):
     """True if `prune_all` is more than one after another."""
     scores: ClassVar[Mapping[str, Score]] = {}
     """What whole "layers" and "experts" are chosen by where they are removed; it cannot choose others."""
+    cost: ClassVar[Cost] = Cost()
 
     def __post_init__(self) -> None:
         check_settings(self)

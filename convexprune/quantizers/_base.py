@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._setting_types import check_settings
 from convexprune.constraints import Codebook, OnGrid
-from convexprune.pruners import LayerEdit, LayerProblem
+from convexprune.pruners import Cost, LayerEdit, LayerProblem
 
 
 class AbstractQuantizer(ABC):
@@ -21,6 +21,10 @@ class AbstractQuantizer(ABC):
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    def cost(self, grid: Codebook, dense: bool) -> Cost:
+        """Return the needs of a dense weight, or of one with zeros, on a grid."""
+        return Cost()
 
     @torch.no_grad()
     def quantize(self, problem: LayerProblem, pruned: LayerEdit) -> LayerEdit:

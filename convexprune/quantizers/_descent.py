@@ -9,7 +9,7 @@ from torch import Tensor
 from convexprune._setting_types import Count, NotNegative, Whole
 from convexprune.constraints import Codebook, OnGrid, Scales
 from convexprune.core import Quadratic
-from convexprune.pruners import LayerEdit, LayerProblem, choose_damping, damped
+from convexprune.pruners import Cost, LayerEdit, LayerProblem, choose_damping, damped
 from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 
@@ -48,6 +48,15 @@ class Descent(AbstractQuantizer):
     rounds: Whole = 2
     beam: Count = 8
     damping: NotNegative | None = None
+
+    def cost(self, grid: Codebook, dense: bool) -> Cost:
+        """See `AbstractQuantizer.cost`: products of a descent, a dense weight's sweep, and a second one with a beam."""
+        if not grid.by_row:  # a price of the bits is looked for, and scales are not fitted
+            return Cost(3.7, 3.5, 2 * (1 + self.sweeps), 2, 4.0, apart=14.0)
+        descent = self.sweeps * (1 + self.rounds) + 2 * self.rounds
+        if not dense or self.beam == 1:
+            return Cost(4.5, 20.0, descent + dense, 2, 4.0)
+        return Cost(4.5, 13.0 + 6.6 * self.beam, 1 + 2 * descent + self.beam, 2, 4.0)
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         damping = choose_damping(problem, self.damping) if self.damping is not None else pruned.damping

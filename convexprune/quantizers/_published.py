@@ -9,7 +9,7 @@ from torch import Tensor
 from convexprune._setting_types import NotNegative
 from convexprune.constraints import Codebook, OnGrid, Scales
 from convexprune.core import ridged
-from convexprune.pruners import LayerEdit, LayerProblem
+from convexprune.pruners import Cost, LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._passes import Sweep, minimizer
 
@@ -45,6 +45,9 @@ class GPTQ(AbstractQuantizer):
     """
 
     damping: NotNegative = 0.01  # the ridge, in units of the mean diagonal of H
+
+    def cost(self, grid: Codebook, dense: bool) -> Cost:
+        return Cost(3.3, 15.0, 1, 2, 12.0)
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         gram = ridged(problem.gram, self.damping)

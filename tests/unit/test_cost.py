@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from convexprune import pruners
 from convexprune._layerwise import pipeline
 from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer, Group, ModuleInput
@@ -28,6 +27,7 @@ from convexprune._runs import cost, sizes
 from convexprune._runs.cost import Speed, seconds
 from convexprune._schema.functions import ADVISE, INSPECT
 from convexprune.adapters._inspection import inspection
+from convexprune.adapters._inspection.outline import method_of
 from convexprune.constraints import Columns, Unstructured
 from convexprune.core._moments import ErrorMoments
 from convexprune.errors import RecipeError
@@ -42,6 +42,8 @@ from convexprune.pruners import (
     SparseGPT,
     Wanda,
 )
+from convexprune.quantizers import Descent
+from convexprune.recipe import make_recipe
 
 
 class Matrix(AbstractOperator):
@@ -133,7 +135,29 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
 
     measured = allocated(prune)
     stack = sizes.Stack(tuple(o.name for o in operators), heights, n)
-    return measured, cost.problem_bytes(stack, sizes.method_cost(method, "refit" in more, weighed), bound)
+    own = METHODS[name].cost
+    return measured, cost.problem_bytes(stack, own._replace(rectangles=own.rectangles + cost.SCALED * weighed), bound)
+
+
+@pytest.mark.parametrize(("heights", "n"), [((192,), 128), ((64, 64), 192)])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "descent", "descent, bits", "descent, beam 1"])
+def test_memory_of_a_quantizer_is_what_torch_allocates(name: str, heights: tuple[int, ...], n: int):
+    quantizer, _, more = name.partition(", ")
+    kind: dict[str, Any] = {"bits": 3.3} if more == "bits" else {"quantize": "int4"}
+    settings = make_recipe(sparsity=0, quantizer=quantizer, **kind).layer_settings()
+    if more == "beam 1":
+        settings = replace(settings, quantizer=Descent(beam=1))
+    random = torch.Generator().manual_seed(0)
+    operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
+    own = Group(operators, ModuleInput(nn.Identity()))
+    folds = CalibrationStatistics(n, torch.device("cpu"))
+    for i in range(3):
+        folds.add(torch.randn(1, 2 * n, n, generator=random), None, i == 2)
+    assert settings.pattern.grid is not None
+    needs = settings.quantizer.cost(settings.pattern.grid, dense=True)
+    measured = allocated(pruning(DecoderLayer("layer", nn.Identity(), ((own,),)), settings, {own: folds}))
+    predicted = cost.problem_bytes(sizes.Stack(tuple(o.name for o in operators), heights, n), needs)
+    assert predicted == pytest.approx(measured, rel=0.25)
 
 
 Folds = dict[Group, CalibrationStatistics]
@@ -187,8 +211,19 @@ def test_memory_of_moments_is_what_torch_allocates(corrected: bool, m: int):
     assert cost.moments_bytes(sizes.Stack(("w",), (m,), n), corrected) == pytest.approx(allocated(fill), rel=0.05)
 
 
-def test_every_method_has_a_cost():
-    assert sizes.METHODS.keys() == pruners.METHODS.keys()
+def forecast(**settings: Any) -> cost.Operations:
+    recipe = make_recipe(**settings)
+    return cost.work(PLAIN, replace(SETTING, method=method_of(recipe, recipe.build_pruner())))
+
+
+def test_a_forecast_is_that_of_what_runs():
+    nothing, pruned = forecast(method="magnitude"), forecast()
+    assert forecast(sparsity=0, quantize="int4", quantizer="rtn") == nothing != pruned
+    swept = forecast(sparsity=0, quantize="int4", quantizer="gptq")
+    by_beam, coded = forecast(sparsity=0, quantize="int4"), forecast(sparsity=0, bits=3.3)
+    assert nothing.products < swept.products < coded.products < by_beam.products < pruned.products
+    both = forecast(quantize="int4")  # codes of a weight with zeros have no beam
+    assert pruned.products < both.products < pruned.products + by_beam.products - nothing.products
 
 
 PLAIN = sizes.ModelSize(
@@ -205,7 +240,7 @@ PLAIN = sizes.ModelSize(
     hidden=8,
     itemsize=2,
 )
-SETTING = sizes.Setting(samples=4, held_out=1, length=10, batch=1, method=sizes.METHODS["convex"])
+SETTING = sizes.Setting(samples=4, held_out=1, length=10, batch=1, method=Convex.cost)
 
 
 def test_work_is_counted_by_hand():
@@ -224,13 +259,13 @@ def test_work_is_counted_by_hand():
 
 def test_an_overhead_is_that_of_the_methods_own_products():
     found = cost.work(PLAIN, SETTING)
-    lap = seconds(found, Speed(single=10.0, forward=5.0), sizes.METHODS["convex"])
+    lap = seconds(found, Speed(single=10.0, forward=5.0), Convex.cost)
     assert lap == {
         "forward": found.forward / 5,
         "gram": found.gram / 10,
         "solve": pytest.approx((1.8 * found.solve + found.judge) / 10),
     }
-    refitted = sizes.method_cost("sparsegpt", refit=True)  # one product of its own, sixty of the refit
+    refitted = Refitted(SparseGPT()).cost  # one product of its own, sixty of the refit
     assert refitted.products == 61 and refitted.overhead == pytest.approx((8 + 60 * 3) / 61)
 
 
@@ -268,7 +303,7 @@ def test_experts_come_in_parts_that_fit(widths: int, experts: int, seed: int):
 
 
 def test_what_needs_less_is_offered():
-    found = {way: cost.memory(PLAIN, s).device for way, s in cost.cheaper(SETTING, refit=False).items()}
+    found = {way: cost.memory(PLAIN, s).device for way, s in cost.cheaper(SETTING, SparseGPT.cost, refit=False).items()}
     assert list(found) == ["--error-correction 0", "--method sparsegpt", "--method sparsegpt --error-correction 0"]
 
 

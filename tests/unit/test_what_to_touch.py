@@ -91,7 +91,6 @@ TOYS: dict[str, Edits] = {
             "from convexprune.pruners._toy import Toy\nPRUNERS = {'toy': Toy, ",
         ),
         "convexprune/_schema/settings.py": ('METHODS = ("convex", "admm",', 'METHODS = ("convex", "toy",'),
-        "convexprune/_runs/sizes.py": ("METHODS = {", 'METHODS = {"toy": Method(5.0, 7.9, 0, 0, 1.0),'),
     },
     "a quantizer": {
         "convexprune/quantizers/_toy.py": """

@@ -1,6 +1,7 @@
 """OSSCAR: Optimal Brain Surgeon for whole columns or blocks of columns, and a local search."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from convexprune._setting_types import NotNegative
 from convexprune.core import definite_factor, definite_inverse, ridged
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
+from convexprune.pruners._cost import Cost
 
 LEAST = 1e-9  # relative: what an exchange has to gain, beyond rounding
 
@@ -35,6 +37,7 @@ class OSSCAR(AbstractPruner):
     """
 
     columns_only = True
+    cost: ClassVar[Cost] = Cost(6.4, 8.0, 5, 8, 8.0)
 
     damping: NotNegative = 0.01
     exchanged: NotNegative = 0.1

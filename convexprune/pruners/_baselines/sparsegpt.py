@@ -1,6 +1,7 @@
 """SparseGPT: a sweep over the columns that pushes errors to later columns."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from convexprune._setting_types import Count, NotNegative
 from convexprune.constraints import Constraint
 from convexprune.core import ridged, upper_factor
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
+from convexprune.pruners._cost import Cost
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class SparseGPT(AbstractPruner):
     """
 
     one_by_one = True
+    cost: ClassVar[Cost] = Cost(4.5, 7.9, 1, 2, 8.0)
 
     block: Count = 128
     damping: NotNegative = 0.01
