@@ -1,4 +1,4 @@
-"""`bench`: time products with a model's weights, and generation, in all formats of torch."""
+"""`bench`: time prompts and generation in all formats of torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -24,11 +24,7 @@ from convexprune.errors import ModelError
 from ._formats import FORMATS, AbstractProduct
 from ._timing import Timing, time_in_turns, timing
 
-SHAPES = 3  # of operators, those with most weights
-OF_LAYERS = 1 / 3  # the share of the time that single layers get; generation has the rest
 ROUNDS = 6  # of generation, for which its share of the time is divided
-ENOUGH = 2  # rounds, that a model with slow formats takes about a minute
-CACHE = 1 << 28  # bytes: so much is read before a weight is read again, that no cache has it, if the model is as large
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,12 @@ class Bench:
         return asdict(self) | {"verdict": self.verdict()}
 
     def tables(self) -> Iterator[Table]:
-        for title, number in (("One weight", "ms"), ("The whole model", "tokens/s")):
-            heads = ("", "batch", "format", number, "time over dense", "middle half", "rounds", "MB read")
-            table = Table(*heads, box=SIMPLE_HEAD)
-            table.title = f"{title} of {self.model} ({self.zeros:.0%} zeros) on {self.device}"
-            for t in self.timings:
-                if (t.tokens_per_second is None) == (number == "ms"):
-                    table.add_row(*t.cells())
-            yield table
+        heads = ("", "batch", "format", "tokens/s", "time over dense", "middle half", "rounds", "MB read")
+        table = Table(*heads, box=SIMPLE_HEAD)
+        table.title = f"The whole model of {self.model} ({self.zeros:.0%} zeros) on {self.device}"
+        for t in self.timings:
+            table.add_row(*t.cells())
+        yield table
 
     def verdict(self) -> list[str]:
         """Return a sentence per format, generation beside the dense format or the reason without timings, and rates."""
@@ -78,7 +72,7 @@ class Bench:
 @pinned()
 @documented(doors.BENCH)
 def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Bench:
-    """Time a model's largest weights and its generation, dense and in every available format.
+    """Time a model's prompts and generation, dense and in every available format.
 
     Formats take turns, so that all meet the same noise. Zeros change the speed of sparse formats only: CSR reads
     non-zeros, and 2:4 needs the pattern.
@@ -107,8 +101,7 @@ def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) ->
         dense = "float32" if loaded.model.dtype == torch.float32 else "bfloat16"
         left_out = {name: why for name in FORMATS if (why := _why_not(FORMATS[name], weights))}
         formats = {name: made for name, made in FORMATS.items() if name not in left_out}
-        timings = _layers(weights, formats, dense, asked, place)
-        timings += _generation(loaded, linears, formats, dense, asked, place)
+        timings = _generation(loaded, linears, formats, dense, asked, place)
         is_gpu = place.startswith("cuda")
         where = torch.cuda.get_device_name(place) if is_gpu else f"cpu, {torch.get_num_threads()} threads"
         return Bench(loaded.name, where, dense, zeros, timings, left_out)
@@ -141,32 +134,6 @@ def _why_not(made: type[AbstractProduct], weights: Sequence[Tensor]) -> str | No
     return None
 
 
-def _layers(
-    weights: Sequence[Tensor], formats: Mapping[str, type[AbstractProduct]], dense: str, asked: doors.Bench, device: str
-) -> list[Timing]:
-    """Time products with weights of the largest shapes, in turn as in the model, so that no cache helps."""
-    shapes = sorted({tuple(w.shape) for w in weights}, key=lambda shape: -shape[0] * shape[1])[:SHAPES]
-    batches = (*asked.batches, asked.prompt)
-    step, found = begin("timing layers", len(shapes) * len(batches)), []
-    seconds = asked.seconds * OF_LAYERS / (len(shapes) * len(batches))
-    for m, n in shapes:
-        alike = [w for w in weights if tuple(w.shape) == (m, n)]
-        alike = alike[: max(1, CACHE // alike[0].nbytes)]
-        made = {name: [product(w, None) for w in alike] for name, product in formats.items()}
-        for batch in batches:
-            runs = {name: _all_products(each, batch, n, device) for name, each in made.items()}
-            times = time_in_turns(runs, device, seconds, len, ENOUGH)
-            for name, each in made.items():
-                found.append(timing(f"{m}x{n}", batch, name, times, dense, each[0].nbytes))
-            step(f"{m}x{n}, batch {batch}")
-    return found
-
-
-def _all_products(products: Sequence[AbstractProduct], batch: int, n: int, device: str) -> Callable[[], object]:
-    x = torch.ones(batch, n, dtype=products[0].dtype, device=device)
-    return lambda: [product(x) for product in products]
-
-
 def _generation(
     model: HuggingFaceModel,
     linears: Sequence[Linear],
@@ -180,7 +147,7 @@ def _generation(
     step, found = begin("timing generation", len(others)), []
     reference = _converted(model, linears, formats[dense])
     prompt = max(1, min(asked.prompt, model.max_positions - asked.new_tokens))
-    seconds = asked.seconds * (1 - OF_LAYERS) / (len(others) * (1 + len(asked.batches)))
+    seconds = asked.seconds / (len(others) * (1 + len(asked.batches)))
     for name in others:
         pair = {dense: reference, name: _converted(model, linears, formats[name])}
         tokens = torch.ones(1, prompt, dtype=torch.long, device=device)
@@ -190,7 +157,7 @@ def _generation(
             decodes = {n: _decode(m, b, asked.new_tokens, device, seconds) for n, m in pair.items()}
             kinds.append(("decode", b, b, decodes, _new_tokens))
         for what, batch, count, runs, often in kinds:
-            times = time_in_turns(runs, device, seconds, often, ENOUGH)
+            times = time_in_turns(runs, device, seconds, often)
             told = pair if name == others[0] else [name]  # the dense format once, though it is timed beside each
             found += [timing(what, batch, n, times, dense, _nbytes(pair[n]), count) for n in told]
         step(name)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-LEAST, MOST = 5, 200  # rounds
+LEAST, MOST = 2, 200  # rounds; few, so that a model with slow formats takes about a minute
 LATE = 3  # times the seconds: then one round is enough
 
 
 @dataclass(frozen=True)
 class Timing:
-    what: str  # the shape of a weight [m n], or "prefill" or "decode" of the whole model
+    what: str  # "prefill" or "decode"
     batch: int
     format: str
     milliseconds: float
@@ -26,14 +26,12 @@ class Timing:
     middle_half: tuple[float, float]
     nbytes: int  # to read
     rounds: int  # of two or less the quartiles say little
-    tokens_per_second: float | None = None  # of the whole model; None for a single weight
+    tokens_per_second: float
 
-    def cells(self) -> Iterator[str]:
+    def cells(self) -> list[str]:
         lower, upper = self.middle_half
-        yield from (self.what, str(self.batch), self.format)
-        yield f"{self.milliseconds:.3f}" if self.tokens_per_second is None else f"{self.tokens_per_second:,.1f}"
-        yield from (f"{self.over_dense:.2f}", f"{lower:.2f} to {upper:.2f}", str(self.rounds))
-        yield f"{self.nbytes / 1e6:,.1f}"
+        figures = f"{self.tokens_per_second:,.1f}", f"{self.over_dense:.2f}", f"{lower:.2f} to {upper:.2f}"
+        return [self.what, str(self.batch), self.format, *figures, str(self.rounds), f"{self.nbytes / 1e6:,.1f}"]
 
     @property
     def verdict(self) -> str:
@@ -46,11 +44,7 @@ class Timing:
 
 
 def time_in_turns(
-    runs: Mapping[str, Callable[[], object]],
-    device: str,
-    seconds: float,
-    often: Callable[[Any], int] = lambda _: 1,
-    least: int = LEAST,
+    runs: Mapping[str, Callable[[], object]], device: str, seconds: float, often: Callable[[Any], int]
 ) -> dict[str, list[float]]:
     """Return seconds of every run, divided by `often` of its result, an entry for a round.
 
@@ -74,21 +68,19 @@ def time_in_turns(
         for name, each in took.items():
             times[name].append(each)
         counted += 1
-        if spent > (seconds if counted >= least else LATE * seconds):
+        if spent > (seconds if counted >= LEAST else LATE * seconds):
             break
     return times
 
 
 def timing(
-    what: str, batch: int, name: str, times: Mapping[str, Sequence[float]], dense: str, nbytes: int,
-    tokens: int | None = None,
-) -> Timing:  # fmt: skip
+    what: str, batch: int, name: str, times: Mapping[str, Sequence[float]], dense: str, nbytes: int, tokens: int
+) -> Timing:
     """Summarise the rounds' times by median and quartiles; `tokens` are those of a run."""
     ratios = [t / d for t, d in zip(times[name], times[dense], strict=True)]
     lower, middle, upper = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
     seconds = median(times[name])
-    rate = None if tokens is None else tokens / seconds
-    return Timing(what, batch, name, 1e3 * seconds, middle, (lower, upper), nbytes, len(ratios), rate)
+    return Timing(what, batch, name, 1e3 * seconds, middle, (lower, upper), nbytes, len(ratios), tokens / seconds)
 
 
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")

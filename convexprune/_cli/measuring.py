@@ -36,7 +36,7 @@ def advise(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fal
 
 @command(BENCH, "model")
 def bench(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Time a model on this machine: dense, 8 and 4 bits, sparse. Covers the largest layers and generation."""
+    """Time a model on this machine: dense, 8 and 4 bits, sparse. Covers a prompt and generation."""
     _measure("validation._bench.bench", settings, as_json, quiet)
 
 

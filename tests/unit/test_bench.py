@@ -46,7 +46,7 @@ def test_formats_are_timed_beside_the_dense_one_and_the_model_stays_as_it_was(
     assert found.dense == "float32" and found.zeros == 0
     assert found.left_out.keys() == {f"int4, groups of {GROUP}", *ON_GPUS}  # widths of 32 and 48
     keys = [(t.what, t.batch, t.format) for t in found.timings]
-    assert len(keys) == len(set(keys)) == 4 * (3 * 3 + 3)  # formats; shapes times batches and a prompt, and generation
+    assert len(keys) == len(set(keys)) == 4 * 3  # formats; a prompt, and batches of generation
     assert all(t.milliseconds > 0 and t.over_dense > 0 for t in found.timings)
     assert all(t.over_dense == 1 for t in found.timings if t.format == "float32")
     decoded = next(t for t in found.timings if t.what == "decode" and t.batch == 2)
@@ -88,11 +88,8 @@ def test_the_command_prints_tables_and_refuses_what_makes_no_sense(tiny_llama: H
         bench(tmp_path / "model", prompt=0)
 
 
-@pytest.mark.parametrize(
-    ("least", "takes", "rounds"),
-    [(2, 0.15, 3), (2, 0.4, 2), (2, 0.6, 2), (2, 2.0, 1), (5, 0.15, 5), (5, 0.4, 3), (5, 2.0, 1)],
-)
-def test_what_takes_long_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch, least: int, takes: float, rounds: int):
+@pytest.mark.parametrize(("takes", "rounds"), [(0.15, 3), (0.4, 2), (0.6, 2), (2.0, 1)])
+def test_what_takes_long_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch, takes: float, rounds: int):
     now = [0.0]
     monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
 
@@ -100,7 +97,7 @@ def test_what_takes_long_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch, least
         now[0] += takes
         return 2
 
-    times = room.time_in_turns({"dense": run, "int8": run}, "cpu", 1.0, lambda made: made, least)
+    times = room.time_in_turns({"dense": run, "int8": run}, "cpu", 1.0, lambda made: made)
     assert times == {name: pytest.approx([takes / 2] * rounds) for name in times}
 
 
@@ -111,7 +108,7 @@ def test_generation_ends_with_its_share_of_the_time_and_counts_its_tokens(tiny_l
 
 
 def test_the_middle_half_of_two_rounds_lies_between_them():
-    found = timing("q_proj", 1, "csr", {"csr": [1.0, 9.0], "dense": [1.0, 1.0]}, "dense", nbytes=1)
+    found = timing("q_proj", 1, "csr", {"csr": [1.0, 9.0], "dense": [1.0, 1.0]}, "dense", nbytes=1, tokens=1)
     assert found.middle_half == (3.0, 7.0) and found.over_dense == 5.0
 
 
