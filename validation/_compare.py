@@ -31,7 +31,7 @@ from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import finite
 
 from ._results import draw, make_row, markdown, text_result, will_draw
-from ._side_by_side import DENSE, Comparison, Store, Tokens
+from ._side_by_side import DENSE, Comparison, Tokens
 from ._texts import text_of
 from ._variants import Variant, allocated, layer_settings, make_variants
 
@@ -103,7 +103,7 @@ def compare(
         work, clock = _claim(staging, card, variants, asked.resume), Clock()
         settings = allocated(loaded, tokens, variants, settings, recipe.batch_size)
         clock.lap("survey for allocations")
-        comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), recipe.batch_size)
+        comparison = Comparison(loaded, tokens, settings, work, recipe.batch_size)
         comparison.run(begin("comparing", comparison.units))
         clock.lap("layers")
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {loaded.device}"
@@ -159,17 +159,16 @@ def _card(model: HuggingFaceModel, tokens: Tokens, recipe: Recipe) -> dict[str, 
 
 
 def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str, Any], clock: Clock) -> dict[str, Any]:
-    begin("evaluating")
     found = comparison.likelihoods()
-    clock.lap("evaluation")
+    records = {variant.name: comparison.record(variant.name) for variant in variants}
     return {
         "card": card,
         "dense": {"texts": {text: text_result(of[DENSE], of[DENSE]) for text, of in found.items()}},
-        "rows": [make_row(variant, comparison.records(variant.name), found) for variant in variants],
+        "rows": [make_row(variant, records[variant.name]["layers"], found) for variant in variants],
         "shared_seconds": {
-            "dense": sum(record["seconds"] for record in comparison.records(DENSE)),
+            "dense": comparison.record(DENSE)["seconds"],
             "survey for allocations": clock.laps["survey for allocations"],
-            "evaluation": clock.laps["evaluation"],
+            "evaluation": sum(record["evaluation_seconds"] for record in records.values()),
             "this process": sum(clock.laps.values()),
         },
     }

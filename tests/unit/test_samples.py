@@ -96,7 +96,7 @@ def test_interrupted_samples_go_on_and_what_does_not_belong_is_refused(folder: P
     (folder / "samples").rename(folder / "whole")
     with pytest.raises(errors.OutputError, match="nothing to resume"):
         sampled(folder, [0, 1, 2], resume=True, **few)
-    interrupt(monkeypatch, 20)
+    interrupt(monkeypatch, 8)
     with pytest.raises(KeyboardInterrupt):
         sampled(folder, [0, 1, 2], **few)
     out = folder / "samples"
