@@ -13,11 +13,12 @@ from ._data.documents import (
     CORPORA,
     TEXT_FILES,
     answers,
-    check_text,
     datasets_package,
     hub_text,
+    is_file,
     read_documents,
     read_text,
+    split_field,
 )
 from ._data.likelihood import Likelihood, divergence, likelihoods
 from ._data.rows import shortage

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -105,6 +106,8 @@ class ElasticNet(Lasso):
     l1_ratio: float = 0.5
 
     def _penalty(self, alpha: Any) -> AbstractPenalty:
+        if not 0 <= self.l1_ratio <= 1:
+            raise ProblemError(f"l1_ratio={self.l1_ratio!r}. Accepted: a number in [0, 1].")
         alpha = np.asarray(alpha)
         lower = 0.0 if self.positive else -inf
         return core.ElasticNet(alpha * self.l1_ratio, alpha * (1 - self.l1_ratio), lower)  # pyright: ignore[reportArgumentType]
@@ -168,7 +171,11 @@ class _CV(_Linear):
         return self._finish(solve(best, self.solver, tolerance=self.tol))
 
     def _alphas(self, quadratic: Quadratic, penalty: AbstractPenalty) -> np.ndarray:
-        if np.ndim(self.alphas):
+        is_count = isinstance(self.alphas, Integral) and self.alphas > 0
+        if not ((is_count and 0 < self.eps < 1) or (np.ndim(self.alphas) and np.size(self.alphas))):
+            accepted = "a number of alphas, with eps in (0, 1), or a list of alphas"
+            raise ProblemError(f"alphas={self.alphas!r}, eps={self.eps!r}. Accepted: {accepted}.")
+        if not is_count:
             return np.asarray(self.alphas, dtype=float)
         norm = replace(penalty, ridge=0.0) if isinstance(penalty, core.ElasticNet) else penalty
         largest = float((1 / norm.to(quadratic.cross.dtype).dual_scale(quadratic.cross)).max())

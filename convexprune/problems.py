@@ -17,6 +17,7 @@ from torch import Tensor
 
 from convexprune.core import L1, AbstractPenalty, Problem, Quadratic, Support
 from convexprune.core._abstract_penalty import require_norm
+from convexprune.core._arrays import require_type
 from convexprune.errors import ProblemError, UnsupportedError, unknown
 from convexprune.solvers import AbstractSolver
 from convexprune.solvers._base import promised_gap, run
@@ -114,6 +115,7 @@ def check(solver: AbstractSolver, tolerance: float | None = None) -> Iterator[Re
     Raises:
         UnsupportedError: the solver takes no penalty of the problems, so that nothing would be tested.
     """
+    require_type(solver, AbstractSolver)
     asked = promised_gap(solver) if tolerance is None else tolerance
     found = [named for named in map(load, names()) if isinstance(named.problem.penalty, solver.penalties)]
     if not found:
@@ -155,6 +157,7 @@ def check_penalty(penalty: AbstractPenalty, shape: tuple[int, int] = (3, 12), se
     Raises:
         ProblemError: the penalty does not fit weights of that shape, or is no norm and has no conjugate.
     """
+    require_type(penalty, AbstractPenalty)
     penalty = penalty.to(torch.float64)
     penalty.check(shape)
     target, far = 2 * _normal(seed, *shape), _normal(seed + 1, *shape)

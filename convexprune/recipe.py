@@ -60,7 +60,8 @@ class Recipe(
         TokenWeighting.parse(self.token_weights)
         if self.embedding_grid is not None and self.quantize in FAMILIES:
             raise RecipeError(
-                f"embedding={self.embedding!r} beside quantize={self.quantize!r}, which chooses by a size."
+                f"embedding={self.embedding!r} beside quantize={self.quantize!r}, which chooses by a size. Leave "
+                "embedding out."
             )
         pattern = self.build_pattern()
         grid = pattern.grid

@@ -102,7 +102,8 @@ class Advice:
         yield from self.notes
         best = next((each for each in self.ways if each.reaches), None)
         if best is None:
-            yield f"Nothing here reaches {self.target}: take a smaller model, or --bits after channels are removed."
+            files = "a file above that is small enough, " if self.files else ""
+            yield f"No measured way reaches {self.target}: take {files}a smaller model, or --bits after channels."
             return
         if not best.commands:
             yield f"{self.target}: {best.way.name}. Nothing has to be done."

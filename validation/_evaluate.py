@@ -26,7 +26,6 @@ from convexprune.adapters import (
     HuggingFaceModel,
     answers,
     bundled_if_none,
-    check_text,
     datasets_package,
     hub_text,
     load,
@@ -38,7 +37,7 @@ from convexprune.report import finite
 
 from ._perplexity import Perplexity, fit, of_model
 from ._results import short
-from ._texts import TEXTS, TaskScore, evaluate_tasks, require_tasks, text_of
+from ._texts import TEXTS, TaskScore, evaluate_tasks, is_text_file, require_tasks, text_of
 
 COMMON = 2048  # tokens of a window, in the published perplexities of pruned models
 LONGEST = 16384  # tokens of a native window that is measured unasked
@@ -88,6 +87,8 @@ class Evaluation:
             heads = ["text", "windows", "convention", "perplexity", "bits/byte", *(["dense", "KL"] if beside else [])]
             table = Table(*heads, box=SIMPLE_HEAD)
             table.caption = "Windows do not overlap; each token after the first of its window is predicted."
+            if any(s.convention == "answers" for s in self.texts):
+                table.caption += " Of chats (answers) a window is a chat, and the tokens of the assistant count."
             for s in self.texts:
                 p, dense = s.perplexity, [] if s.dense is None else [f"{s.dense.value:.3f}", f"{s.kl:.4f}"]
                 cells = [f"{p.windows} x {p.window}", s.convention, f"{p.value:.3f}", short(s.bits_per_byte, ".4f")]
@@ -142,8 +143,8 @@ def _check(own: Evaluate) -> None:
     for text in own.text:
         if text in CORPORA:
             datasets_package()
-        elif text.endswith(TEXT_FILES):
-            check_text(Path(text))
+        elif is_text_file(text):
+            read_documents(text)
         elif text not in TEXTS:
             known = f"{unknown('text', text, [*CORPORA, *TEXTS])} Or give a file"
             raise CalibrationError(f"{known} that ends in {' or '.join(TEXT_FILES)}.")
@@ -184,7 +185,7 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
 
 def _conversations(text: str) -> list[Any] | None:
     """Return the conversations of a file; None for a text."""
-    rows = read_documents(Path(text)).rows if text.endswith(".jsonl") else [text]
+    rows = read_documents(text).rows if is_text_file(text) else [text]
     return None if all(isinstance(row, str) for row in rows) else list(rows)
 
 
@@ -200,7 +201,8 @@ def _answers(text: str, chats: Sequence[Any], opened: Sequence[HuggingFaceModel]
         kept = min(length, len(ids))
         tokens[row, :kept], counted[row, :kept] = torch.tensor(ids[:kept]), torch.tensor(inside[:kept])
     if not counted[:, 1:].any():
-        raise CalibrationError(f"{text}: no chat has a message with the role assistant. Add answers, or give text.")
+        where = f"an assistant's message in its first {length} tokens. Give a longer window, add answers, or give text."
+        raise CalibrationError(f"{text}: no chat has {where}")
     networks = [of_model(each.model) for each in (*others, model)]
     *reference, (p, kl) = fit(tokens, *networks, counted=counted[:, 1:])
     return TextScore(text, "answers", p, None, *((kl, reference[0][0]) if reference else (None, None)))

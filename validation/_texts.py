@@ -16,7 +16,7 @@ from typing import Any
 
 from convexprune._progress import begin
 from convexprune._schema.functions import Evaluate
-from convexprune.adapters import TEXT_FILES, HuggingFaceModel, read_text
+from convexprune.adapters import CORPORA, TEXT_FILES, HuggingFaceModel, is_file, read_text, split_field
 from convexprune.errors import CalibrationError, DependencyError, ModelError, RecipeError, install_hint, unknown
 
 from ._results import short
@@ -25,11 +25,15 @@ STATEMENTS = ast.stmt | ast.excepthandler | ast.match_case  # what a definition 
 LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
 
+def is_text_file(source: str) -> bool:
+    return source not in (*TEXTS, *CORPORA) and is_file(str(split_field(source)[0]))
+
+
 def text_of(source: str) -> str:
     if source in TEXTS:
         return TEXTS[source]()
-    if source.endswith(TEXT_FILES):
-        return read_text(Path(source))
+    if is_text_file(source):
+        return read_text(source)
     raise CalibrationError(f"{unknown('text', source, TEXTS)} Or give a path that ends in {' or '.join(TEXT_FILES)}.")
 
 

@@ -158,7 +158,10 @@ def _check_request(num_samples: int | None, length: int | None, model: HuggingFa
 def _tokenise(documents: Documents, model: HuggingFaceModel) -> Tensor:
     """Return all ids [tokens] of a text, begun as the tokenizer begins any text; of conversations as their template."""
     if model.tokenizer is None:
-        raise CalibrationError(f"{model.name} has no tokenizer, so it reads no text. Give a tokenizer, or token ids.")
+        raise CalibrationError(
+            f"{model.name} has no tokenizer, so it reads no text. Put its files into the folder, or give token ids (in "
+            "Python)."
+        )
     text, special = documents.text(model.tokenizer)
     begin(f"reading {len(text):,} characters of text")
     # Not verbose: a text longer than the model can see is no mistake here, it is cut into windows next.

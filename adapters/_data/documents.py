@@ -75,26 +75,27 @@ def is_file(text: str) -> bool:
         return False
 
 
-def check_text(path: Path) -> None:
-    """Refuse, before any work, a file that `read_documents` cannot read."""
+def split_field(source: str | Path) -> tuple[Path, str | None]:
+    """Split FILE#FIELD into the file and the field."""
+    name, _, field = str(source).partition("#")
+    return (Path(source), None) if is_file(str(source)) or not is_file(name) else (Path(name), field or None)
+
+
+def read_documents(source: str | Path) -> Documents:
+    """Return a .txt file as a text, or a .jsonl file's lines as texts ("text") or conversations ("messages").
+
+    FILE#FIELD names another field.
+    """
+    path, field = split_field(source)
     if path.suffix not in TEXT_FILES:
         there = f"{path} exists; " if is_file(str(path)) else f"{shown(str(path))}: "
         raise CalibrationError(f"{there}files of text end in {' or '.join(TEXT_FILES)}. Give such a file.")
     try:
-        path.expanduser().open("rb").close()
+        content = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, RuntimeError) as cause:
         raise CalibrationError(f"{path}: cannot be read ({getattr(cause, 'strerror', cause)}).") from cause
-
-
-def read_documents(path: Path, field: str | None = None) -> Documents:
-    """Return a .txt file as a text, or a .jsonl file's lines as texts ("text") or conversations ("messages")."""
-    check_text(path)
-    try:
-        content = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        mend = next(
-            (how for begin, how in BEGINNINGS.items() if getattr(cause, "object", b"").startswith(begin)), OTHER
-        )
+    except UnicodeDecodeError as cause:
+        mend = next((how for begin, how in BEGINNINGS.items() if cause.object.startswith(begin)), OTHER)
         raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({cause}). {mend}") from cause
     if "\0" in content:
         raise CalibrationError(f"{path}: holds NUL bytes, so it is no UTF-8 text. Is it UTF-16, or no text at all?")
@@ -107,7 +108,7 @@ def read_documents(path: Path, field: str | None = None) -> Documents:
     return Documents(rows)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
     """Return the text of a file that holds no conversations."""
     documents = read_documents(path)
     if not all(isinstance(row, str) for row in documents.rows):
@@ -131,7 +132,7 @@ def _row(path: Path, number: int, line: str, field: str | None) -> Any:
         found = f"a {type(row).__name__}"
     raise CalibrationError(
         f'{path}, line {number}: needs an object with a field "{name}" that holds text, or messages with role and '
-        f'content; it has {found}. Write every line as {{"text": "..."}}, or name another field: {path.name}#FIELD.'
+        f'content; it has {found}. Write every line as {{"text": "..."}}, or name another field: {path}#FIELD.'
     )
 
 

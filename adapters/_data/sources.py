@@ -10,7 +10,16 @@ from torch import Tensor
 
 from convexprune.errors import CalibrationError, shown, unknown
 
-from .documents import CORPORA, Documents, Split, check_text, datasets_package, hub_documents, is_file, read_documents
+from .documents import (
+    CORPORA,
+    Documents,
+    Split,
+    datasets_package,
+    hub_documents,
+    is_file,
+    read_documents,
+    split_field,
+)
 from .rows import ACCEPTED
 
 LONGEST = 1000  # characters of names with shares; a longer text is one, and is refused with what to do
@@ -58,6 +67,8 @@ def _named(part: str) -> tuple[str, float | None]:
     try:
         return (name, float(share)) if colon else (part, None)
     except ValueError:
+        if is_file(name):
+            raise CalibrationError(f"{shown(part)}: {shown(share)} is no share. Accepted: a number above 0.") from None
         return part, None
 
 
@@ -85,7 +96,7 @@ def check_dataset(dataset: Any) -> None:
         return
     name, *_ = addressed(dataset)
     if isinstance(name, Path) or (name not in CORPORA and is_file(name)):
-        check_text(Path(name))
+        read_documents(dataset)
     elif len(name.split()) > 1 or len(name) > LONGEST_NAME:
         raise CalibrationError(
             f"dataset is a text of {len(name):,} characters, {shown(name[:40])}, and no name of a data set. Give "
@@ -101,18 +112,17 @@ def check_dataset(dataset: Any) -> None:
 
 def addressed(source: str | Path) -> tuple[str | Path, str | None, str | None]:
     """Split "FILE#FIELD" or "OWNER/NAME@REVISION#COLUMN" into the name, the column and the revision."""
-    if isinstance(source, Path) or is_file(source):
-        return source, None, None
+    path, field = split_field(source)
+    if isinstance(source, Path) or is_file(str(path)):
+        return path if isinstance(source, Path) else str(path), field, None
     name, _, column = source.partition("#")
-    if is_file(name):
-        return name, column or None, None
     name, _, revision = name.partition("@")
     return name, column or None, revision or None
 
 
 def documents_of(source: str | Path, split: Split, characters: int | None) -> Documents:
-    check_dataset(source)
     name, column, revision = addressed(source)
     if isinstance(name, Path) or (name not in CORPORA and is_file(name)):
-        return read_documents(Path(name), column)
+        return read_documents(source)
+    check_dataset(source)
     return hub_documents(name, split, characters, column, revision)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from math import inf
+from math import inf, isnan
 from typing import Any, TypeVar
 
 import torch
@@ -62,6 +62,11 @@ def refuse_other_replays(model: ProbedModel) -> None:
         error = 0.0 if _same(model.calls(batch), model.calls(batch.flip(-1))) else inf
     else:
         error = replay_error(model, batch)
+    if isnan(error):
+        raise ModelError(
+            f"{model.name}: hidden states are NaN or infinite in {model.model.dtype}. Take another dtype (--dtype "
+            "float32, or bfloat16)."
+        )
     if not error <= TOLERANCE:
         raise ModelError(
             f"{model.name}: its decoder layers, called one by one, do not give what the model gives (relative "

@@ -26,9 +26,9 @@ from convexprune.adapters import (
     HuggingFaceModel,
     addressed,
     calibration_and_held_out,
-    check_text,
     needs_sampling,
     parts_of,
+    read_documents,
     recipe_windows,
     shared_weights,
     shortage,
@@ -56,7 +56,7 @@ class Sources:
         adapters.check_dataset(self.dataset)
         text = self.evaluation
         if isinstance(text, str | Path) and text not in ("self", HELD_OUT):
-            check_text(Path(text))
+            read_documents(text)
         elif not (text is None or isinstance(text, str | Tensor)):
             raise CalibrationError(
                 f"evaluation is a {type(text).__name__}. Accepted: 'held-out', 'self', a path to a .txt or .jsonl "

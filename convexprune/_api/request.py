@@ -60,7 +60,7 @@ from convexprune.adapters import (
     with_rules,
 )
 from convexprune.constraints import FAMILIES, Codebook
-from convexprune.errors import ModelError, RecipeError
+from convexprune.errors import ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.report import OnOperator, Report
 from convexprune.validation._perplexity import final_states, fit, of_states, perplexity
@@ -151,7 +151,10 @@ class Request:
             raise RecipeError(f"embedding={self.recipe.embedding!r} is written to a folder. Give output_dir.")
         refuse_headless(loaded.model, {"embedding": "leave it out"})
         for name in ends(loaded):
-            grid.check(*loaded.model.get_parameter(f"{name}.weight").shape)
+            try:
+                grid.check(*loaded.model.get_parameter(f"{name}.weight").shape)
+            except PatternError as error:
+                raise PatternError(f"embedding={self.recipe.embedding!r}, {name}: {error}") from error
 
     def _measure(self, loaded: HuggingFaceModel, layout: str) -> None:
         """Find the size of the file by types, and refuse targets that no types meet."""

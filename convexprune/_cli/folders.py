@@ -103,8 +103,8 @@ def report(
         from convexprune._storage.files import named
 
         folder = named(run)
-        place = check_page(output or folder / PAGE)
         report = RunFolder(folder).report()
+        place = check_page(output or folder / PAGE)
         if any((folder / name).exists() for name in report.files):  # no copy of the report alone
             require_as_written(folder, allow_changed)
         page = write_page(report, place, str(folder))

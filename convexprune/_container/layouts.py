@@ -58,8 +58,9 @@ class Size:
         """Return what can be had, in words; refuse a target that no choice of types meets, or larger than all."""
         told = (
             f"A file of {target:,} bytes was asked for. Accepted: {self.least:,} (the smallest types everywhere) to "
-            f"{self.most:,} bytes (the largest), of {self.weights:,} weights. {self.fixed:,} bytes are those of the "
-            "header and of all that is not quantized."
+            f"{self.most:,} bytes (the largest): {8 * self.least / self.weights:.2f} to "
+            f"{8 * self.most / self.weights:.2f} bits for each of {self.weights:,} weights. {self.fixed:,} bytes are "
+            "those of the header and of all that is not quantized."
         )
         if not self.least <= target <= self.most:
             raise PatternError(told)

@@ -214,11 +214,11 @@ def _warnings(report: Report) -> Iterator[Fact]:
         yield Fact("note", f"{len(repaired)} operators were refitted, first {repaired[0]}: {reason}")
     if refined := [o.facts for o in report.operators if "refine_held_out" in o.facts]:
         left = median(f["refine_held_out"] / (f["refine_held_out_before"] or 1) for f in refined)
-        stayed = sum("refine_steps" not in f for f in refined)
+        stayed, tokens = sum("refine_steps" not in f for f in refined), max(o.held_out_tokens for o in report.operators)
         yield Fact(
             "refined",
-            f"the output error of a layer on held-out tokens is {left:.3f} of what it was (median); "
-            f"{stayed} operators kept their values, because no others were better",
+            f"the output error of a layer on {'held-out' if tokens else 'calibration'} tokens is {left:.3f} of what it "
+            f"was (median); {stayed} operators kept their values, because no others were better",
         )
     for warning in report.warnings:
         yield Fact("warning", warning)

@@ -121,9 +121,9 @@ class TargetSettings(Settings):
         None,
         "In place of quantize: so many bits a weight, 1 to 6, in the packed model. Weights are whole numbers times a "
         "scale for each column, as fine as their entropy code allows. With quantize gguf or compressed-tensors: bits "
-        "a weight of the whole file. Left out: none.",
+        "a weight of the whole file, up to 16. Left out: none.",
         ge=1,
-        le=6,
+        le=16,
     )
     group_size: int = setting(
         64, "Columns of a row that share a scale of quantize: 32, 64 or 128; -1: all. Blocks of GGUF have their own."

@@ -34,9 +34,11 @@ class Block(Codebook):
 
     def check(self, rows: int, columns: int) -> None:
         if columns % self.block:
+            small = "iq4_nl, q4_0, q5_0 or q8_0, whose blocks have 32"
+            other = "int8 to int3 with a group_size of -1 (one scale for a row)" if columns % 32 else small
             raise PatternError(
-                f"{columns} columns are no whole number of blocks of {self.block}, which {self.name} needs. "
-                "Take iq4_nl, q4_0, q5_0 or q8_0, whose blocks have 32, or leave such operators out (ignore)."
+                f"{columns} columns are no whole number of blocks of {self.block}, which {self.name} needs. Take "
+                f"{other}, or leave such matrices as they are."
             )
 
     def round_step(self, step: Tensor) -> Tensor:

@@ -206,9 +206,10 @@ class Scaled(AbstractPenalty):
 
 def checked_strength(strength: float | Array, wrong: str, most: float = inf) -> float | Tensor:
     """Return a strength, or a tensor of strengths, that is not negative and not above `most`."""
-    if not isinstance(strength, Tensor | float | int):
+    if not isinstance(strength, float | int):
         strength = as_tensor("strength", strength)
-    least, largest = torch.as_tensor(strength, dtype=torch.float64).aminmax()  # NaN if there is one
+    tensor = torch.as_tensor(strength, dtype=torch.float64)
+    least, largest = tensor.aminmax() if tensor.numel() else (-1, 0)  # NaN if there is one
     if not (least >= 0 and largest <= most):
         raise ProblemError(wrong)
     return strength

@@ -17,14 +17,24 @@ DTYPES = (torch.float32, torch.float64)
 def as_tensor(name: str, value: object) -> Tensor:
     """Return a tensor as it is; an array, a data frame or nested lists of numbers as a tensor."""
     try:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
             return value
+        if isinstance(value, Tensor | np.ma.MaskedArray):
+            raise TypeError
         array = np.asarray(value)
         return torch.as_tensor(array if array.flags.writeable else array.copy())  # pandas lends its own
     except (TypeError, ValueError, RuntimeError) as cause:
         raise ProblemError(
-            f"`{name}` is a {type(value).__name__}; needed is a tensor or an array of numbers."
+            f"`{name}` is a {type(value).__name__}; needed is a tensor or an array of numbers: dense, in memory and "
+            "without a mask."
         ) from cause
+
+
+def require_type(value: object, kind: type) -> None:
+    """Refuse a value of another type."""
+    if not isinstance(value, kind):
+        needed = f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+        raise ProblemError(f"A {type(value).__name__} was given. Accepted: an object of {needed}.")
 
 
 def as_floats(name: str, value: object) -> Tensor:
@@ -85,7 +95,10 @@ def second_moments(
         raise ProblemError(f"Inputs are {x.dtype}, targets {y.dtype}; both must be float32, or both float64.")
     about = None
     if anchor is not None:
-        about = as_tensor("anchor", anchor).reshape(y.shape[1], shape[1]).to(y)
+        about, needed = as_tensor("anchor", anchor), (y.shape[1], shape[1])
+        if about.numel() != y.shape[1] * shape[1]:
+            raise ProblemError(f"`anchor` is {list(about.shape)}; needed is {list(needed)} [outputs inputs].")
+        about = about.reshape(needed).to(y)
         y = y - (x @ about.T if sparse is None else torch.from_numpy(sparse @ about.numpy().T))
     middle = y.mean(0) if intercept else torch.zeros_like(y[0])
     y = y - middle

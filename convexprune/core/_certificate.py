@@ -8,7 +8,7 @@ from torch import Tensor
 
 from convexprune._device.precision import certifies_in_parts
 from convexprune.core._abstract_penalty import Elementwise
-from convexprune.core._arrays import Array, Shown
+from convexprune.core._arrays import Array, Shown, require_type
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._in_parts import InParts, Inverse
 from convexprune.core._on_kept import gaps_on_kept
@@ -176,6 +176,7 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     Returns:
         The certificate.
     """
+    require_type(problem, Problem)
     return certify_each(problem, problem.admit(weight), precise, residual)[0]
 
 

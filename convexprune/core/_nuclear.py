@@ -61,8 +61,12 @@ class Blocks(AbstractPenalty):
     parts: tuple[tuple[AbstractPenalty, int], ...]
 
     def __post_init__(self) -> None:
-        if not self.parts or not all(isinstance(p, AbstractPenalty) and width > 0 for p, width in self.parts):
-            raise ProblemError("Blocks are pairs of a penalty and a number of columns above 0.")
+        try:
+            pairs = [isinstance(p, AbstractPenalty) and width > 0 for p, width in self.parts]
+        except (TypeError, ValueError):
+            pairs = []
+        if not pairs or not all(pairs):
+            raise ProblemError("Blocks are pairs of a penalty and a number of columns above 0: ((L1(0.1), 8), ...).")
 
     @property
     def couples_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import product
-from convexprune.core._arrays import Array, second_moments
+from convexprune.core._arrays import Array, require_type, second_moments
 from convexprune.core._sum_of_squares import Cache, SumOfSquares
 from convexprune.core._symmetric import power_of_two
 from convexprune.errors import ProblemError
@@ -167,7 +167,19 @@ class Quadratic(SumOfSquares):
         return self._as_precise(self.gram[chosen][:, chosen], self.cross[:, chosen], self.energy, anchor)
 
     def repeated(self, times: int) -> Self:
-        """Return the quadratic of `times` weights side by side [V_1 V_2 ...], a function of their sum, about zero."""
+        """Return the quadratic of `times` weights side by side [V_1 V_2 ...], a function of their sum, about zero.
+
+        Args:
+            times: a whole number above 0.
+
+        Returns:
+            The quadratic of a weight [m times n].
+
+        Raises:
+            ProblemError: `times` is no such number.
+        """
+        if type(times) is not int or times < 1:
+            raise ProblemError(f"times={times!r}. Accepted: a whole number above 0.")
         at = self.at(None)
         return self._as_precise(at.gram.repeat(times, times), at.cross.repeat(1, times), at.energy, None)
 
@@ -178,6 +190,9 @@ class Quadratic(SumOfSquares):
         return type(self)(gram, cross, energy, anchor, cache=cache, checked=False)
 
     def __add__(self, other: Self) -> Self:
+        require_type(other, SumOfSquares)
+        if other.shape != self.shape:
+            raise ProblemError(f"Quadratics of weights {list(self.shape)} and {list(other.shape)} have no sum.")
         other = other.at(self.anchor)
         tensors = self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.anchor
         total = type(self)(*tensors, checked=False)

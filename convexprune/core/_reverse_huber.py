@@ -6,7 +6,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from convexprune.core._abstract_penalty import Elementwise, require_step
+from convexprune.core._abstract_penalty import Elementwise, like, require_step
+from convexprune.core._arrays import as_floats
 from convexprune.errors import ProblemError
 
 
@@ -27,6 +28,8 @@ class ReverseHuber(Elementwise):
     price: Tensor
 
     def __post_init__(self) -> None:
+        for name in self.priced:
+            object.__setattr__(self, name, as_floats(name, getattr(self, name)))
         if not bool(((self.curvature > 0) & (self.curvature < inf)).all()):
             raise ProblemError("A curvature of the reverse Huber penalty is not in (0, inf).")
         if not bool(((self.price >= 0) & (self.price < inf)).all()):
@@ -39,28 +42,30 @@ class ReverseHuber(Elementwise):
         return (2 * self.price.to(dtype)).sqrt() * self.curvature.to(dtype).sqrt()  # their product leaves float32
 
     def values(self, weight: Tensor) -> Tensor:
-        size = weight.abs()
-        beyond = (size - self.slope / self.curvature).clamp_min(0)
-        return (self.slope * size + self.curvature / 2 * beyond * beyond).sum(1)
+        size, slope, curvature = weight.abs(), like(self.slope, weight), like(self.curvature, weight)
+        beyond = (size - slope / curvature).clamp_min(0)
+        return (slope * size + curvature / 2 * beyond * beyond).sum(1)
 
     def prox(self, weight: Tensor, step: float) -> Tensor:
         """sign(V) times the lesser of (|V| - step slope)_+ and |V| / (1 + step B)."""
         require_step(step)
-        size = weight.abs()
-        soft = (size - step * self.slope).clamp_min_(0)
-        return torch.copysign(torch.minimum(soft, size.div_(1 + step * self.curvature)), weight)
+        size, slope, curvature = weight.abs(), like(self.slope, weight), like(self.curvature, weight)
+        soft = (size - step * slope).clamp_min_(0)
+        return torch.copysign(torch.minimum(soft, size.div_(1 + step * curvature)), weight)
 
     def conjugate(self, dual: Tensor) -> Tensor:
         """sum_j (S_ij^2 / 2 B_ij - mu_ij)_+, finite everywhere."""
-        return (dual / (2 * self.curvature) * dual - self.price).clamp_min(0).sum(1)
+        curvature, price = like(self.curvature, dual), like(self.price, dual)
+        return (dual / (2 * curvature) * dual - price).clamp_min(0).sum(1)
 
     def project(self, dual: Tensor) -> Tensor:
         return dual
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
         """sign(V) max(slope, B |V|) where V is not zero, else the dual point clipped to that at zero."""
-        steep = torch.maximum(self.slope.expand_as(weight), self.curvature * weight.abs())
-        return torch.where(weight != 0, torch.copysign(steep, weight), dual.clamp(-self.slope, self.slope))
+        slope = like(self.slope, weight)
+        steep = torch.maximum(slope.expand_as(weight), like(self.curvature, weight) * weight.abs())
+        return torch.where(weight != 0, torch.copysign(steep, weight), dual.clamp(-slope, slope))
 
     def dual_scale(self, dual: Tensor) -> Tensor:
         return torch.full_like(dual[:, 0], inf)

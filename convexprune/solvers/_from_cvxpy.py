@@ -9,8 +9,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from convexprune.core import L1, AbstractPenalty, ElasticNet, GroupLasso, NuclearNorm, Problem, Quadratic, RowGroups
-from convexprune.core._arrays import DataFormat
-from convexprune.errors import UnsupportedError
+from convexprune.core._arrays import DataFormat, require_type
+from convexprune.errors import ProblemError, UnsupportedError
 from convexprune.solvers._base import square_root
 from convexprune.solvers._statements import Constraints, stated
 
@@ -33,6 +33,7 @@ def to_cvxpy(problem: Problem) -> cp.Problem:
     Raises:
         UnsupportedError: the penalty has no statement in CVXPY.
     """
+    require_type(problem, Problem)
     q = problem.quadratic.double.at(None)
     root, inverse = square_root(q.gram.cpu().numpy())
     targets, weight, constraints = q.cross.cpu().numpy() @ inverse, cp.Variable(problem.shape), Constraints()
@@ -54,8 +55,12 @@ def from_cvxpy(problem: cp.Problem) -> Problem:
         The problem, which `solve` answers in NumPy.
 
     Raises:
+        ProblemError: a parameter has no value.
         UnsupportedError: an atom or a constraint has no form here.
     """
+    require_type(problem, cp.Problem)
+    if empty := [str(each) for each in problem.parameters() if each.value is None]:
+        raise ProblemError(f"Parameters without a value: {', '.join(empty)}. Set the value of each.")
     variables = problem.variables()
     if len(variables) != 1 or not isinstance(problem.objective, cp.Minimize):
         raise _refusal(f"{type(problem.objective).__name__} over {len(variables)} variables")

@@ -1,5 +1,6 @@
 """An architecture that nobody described is found by watching it and pruned, or refused where that cannot be right."""
 
+from math import nan
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._discovery import probing
+from convexprune.errors import ModelError
 
 WIDTH = 8
 
@@ -109,6 +112,12 @@ def test_an_architecture_that_nobody_described_is_pruned(odd):
 def test_layers_whose_arguments_depend_on_the_tokens_are_refused(odd, refused):
     odd.between = lambda ids, scale: scale * (1 + ids[0, 0])
     with refused("layers that are not the model when called one by one", "do not give what the model gives"):
+        HuggingFaceModel(odd)
+
+
+def test_values_that_are_not_finite_are_told_from_other_layers(odd, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probing, "replay_error", lambda *_: nan)
+    with pytest.raises(ModelError, match=r"NaN or infinite in torch.float32. Take another dtype"):
         HuggingFaceModel(odd)
 
 

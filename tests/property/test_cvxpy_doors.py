@@ -22,7 +22,7 @@ from convexprune import (
     solve,
     to_cvxpy,
 )
-from convexprune.errors import UnsupportedError
+from convexprune.errors import ProblemError, UnsupportedError
 
 A, B = random(0, 12, 6).numpy(), random(1, 12, 3).numpy()
 PRICES = np.array([0.1, 0.5, 1, 0, 2, 0.3])
@@ -99,6 +99,17 @@ def test_another_form_is_refused_by_its_name(match, objective, constraints):
     x = vector()
     with pytest.raises(UnsupportedError, match=match):
         from_cvxpy(cp.Problem(cp.Minimize(objective(x)), constraints(x)))
+
+
+def test_what_is_no_problem_or_has_no_numbers_is_refused():
+    parameter, x = cp.Parameter(nonneg=True, name="a"), vector()
+    for wrong, match in (
+        (lambda: from_cvxpy(flat(x)), r"Accepted: an object of cvxpy\.Problem"),
+        (lambda: to_cvxpy(flat(x)), r"Accepted: an object of convexprune\.Problem"),
+        (lambda: from_cvxpy(cp.Problem(cp.Minimize(flat(x) + parameter * cp.norm1(x)))), "without a value: a"),
+    ):
+        with pytest.raises(ProblemError, match=match):
+            wrong()
 
 
 @settings(max_examples=8, deadline=None)

@@ -13,6 +13,8 @@ from strategies import random, seeds
 
 from convexprune import (
     L1,
+    Blocks,
+    ElasticNet,
     GroupLasso,
     Problem,
     Quadratic,
@@ -20,6 +22,7 @@ from convexprune import (
     certify,
     make_solver,
     path,
+    problems,
     solve,
     solve_all,
     solvers,
@@ -164,6 +167,19 @@ def changed(value: float):
     "halves": (lambda: Quadratic.least_squares(X.astype(np.float16), Y.astype(np.float16)), "float16"),
     "bfloat16": (lambda: Quadratic.least_squares(torch.ones(3, 2).bfloat16(), torch.ones(3).bfloat16()), "bfloat16"),
     "complex": (lambda: Quadratic.least_squares(X.astype(complex), Y), "complex128"),
+    "meta": (lambda: Quadratic.least_squares(torch.ones(3, 2, device="meta"), torch.ones(3)), "in memory"),
+    "a sparse tensor": (lambda: Quadratic.least_squares(torch.eye(3).to_sparse(), torch.ones(3)), "dense"),
+    "a mask": (lambda: Quadratic.least_squares(np.ma.masked_greater(X, 1), Y), "without a mask"),
+    "a short anchor": (lambda: Quadratic.least_squares(X, Y, np.zeros(5)), r"`anchor` is \[5\]; needed is \[1, 6\]"),
+    "no strengths": (lambda: L1(np.ones(0)), "negative or NaN"),  # pyright: ignore[reportArgumentType]
+    "a bound of text": (lambda: ElasticNet(0.1, lower="a"), "`lower` is a str"),  # pyright: ignore[reportArgumentType]
+    "one block": (lambda: Blocks(L1(0.1)), "pairs of a penalty"),  # pyright: ignore[reportArgumentType]
+    "no times": (lambda: POSED.quadratic.repeated(-1), "times=-1"),
+    "a number more": (lambda: POSED.quadratic + 1, "A int was given"),  # pyright: ignore[reportOperatorIssue]
+    "another shape": (lambda: POSED.quadratic + POSED.quadratic.columns(torch.arange(3)), "have no sum"),
+    "nothing to certify": (lambda: certify(None, X[0]), "A NoneType was given"),  # pyright: ignore[reportArgumentType]
+    "no solver": (lambda: list(problems.check("fista")), "A str was given"),  # pyright: ignore[reportArgumentType]
+    "no penalty": (lambda: list(problems.check_penalty(L1)), "was given"),  # pyright: ignore[reportArgumentType]
     "negative": (lambda: L1(-1.0), "negative or NaN"),
     "text strength": (lambda: L1("0.1"), "is a str"),  # pyright: ignore[reportArgumentType]
     "group": (lambda: GroupLasso(-1.0), "not negative"),

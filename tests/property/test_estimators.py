@@ -71,6 +71,13 @@ def test_a_fit_that_does_not_end_warns():
         estimators.Lasso(alpha=1e-3, tol=1e-18).fit(x, y)
 
 
+@pytest.mark.parametrize("wrong", [{"alphas": 0}, {"alphas": []}, {"alphas": "auto"}, {"eps": 2}, {"l1_ratio": 2}])
+def test_alphas_that_cannot_be_made_are_refused_with_what_came(wrong: dict):
+    x = np.random.default_rng(0).normal(size=(9, 4))
+    with pytest.raises(ProblemError, match=r"=.*Accepted: a number"):
+        estimators.ElasticNetCV(**wrong).fit(x, x[:, 0])
+
+
 @pytest.mark.parametrize("groups", [[0, 1], [0, 0, 1, -1], [0.5, 1, 1, 2]])
 def test_groups_that_are_no_numbers_of_groups_are_refused(groups: list[float]):
     x = np.random.default_rng(0).normal(size=(9, 4))

@@ -8,9 +8,10 @@ from strategies import make_layer, random, seeds, sizes
 
 from convexprune.core._certificate import certify
 from convexprune.core._problem import Problem
+from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.errors import ProblemError
-from convexprune.solvers import Status, make_solver
+from convexprune.solvers import Status, make_solver, solve
 
 ROUNDING = 1e-12
 GRID = torch.linspace(-6, 6, 101, dtype=torch.float64)
@@ -90,6 +91,12 @@ def test_fista_certifies_it_and_cvxpy_agrees(kind, seed):
     oracle = make_solver("cvxpy").solve(problem).weight
     assert problem.value(solution.weight) == pytest.approx(problem.value(oracle), rel=1e-6)
     assert certify(problem, oracle).dual <= problem.value(solution.weight) * (1 + 1e-9)
+
+
+def test_numbers_and_other_dtypes_are_taken():
+    problem = Problem(Quadratic.least_squares(torch.randn(20, 4), torch.randn(20, 2)), ReverseHuber(0.1, 0.2))  # pyright: ignore[reportArgumentType]
+    solution = solve(problem)
+    assert solution.status is Status.SOLVED and solution.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("curvature", "price"), [(0.0, 1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, float("inf"))])

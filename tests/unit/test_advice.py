@@ -61,7 +61,7 @@ def test_the_command_says_what_to_run_or_that_nothing_reaches_it(folder: Path):
     result = CliRunner().invoke(app, ["advise", str(folder), "--bits", "15"])
     assert result.exit_code == 0 and f"convexprune pack {folder} OUT" in result.stdout
     assert "An estimate, by measurements on SmolLM2-135M" in result.stdout
-    assert "Nothing here reaches" in CliRunner().invoke(app, ["advise", str(folder), "--bits", "0.5"]).stdout
+    assert "No measured way reaches" in CliRunner().invoke(app, ["advise", str(folder), "--bits", "0.5"]).stdout
     result = CliRunner().invoke(app, ["advise", str(folder), "--bits", "15", "--json"])
     assert json.loads(result.stdout)["ways"][0]["reaches"] is True
 

@@ -224,6 +224,10 @@ def test_of_chats_the_answers_alone_count(pair: tuple[Path, Path, Path]):
     assert score.convention == "answers" and score.perplexity.tokens == sum(map(len, losses))
     assert score.perplexity.nll == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert score.kl == pytest.approx(torch.cat(distances).mean().item(), abs=1e-6)  # of float32 logits
+    with pytest.raises(errors.CalibrationError, match="assistant's message in its first 2 tokens"):
+        convexprune.evaluate(other, text=[path], window=2)
+    path.write_text("\n".join(json.dumps({"turns": each["messages"]}) for each in written))
+    assert convexprune.evaluate(other, text=[f"{path}#turns"]).texts[0].perplexity == score.perplexity
     path.write_text(json.dumps({"messages": written[0]["messages"][:1]}))
-    with pytest.raises(errors.CalibrationError, match="role assistant"):
+    with pytest.raises(errors.CalibrationError, match="no chat has an assistant's message"):
         convexprune.evaluate(other, text=[path])

@@ -98,6 +98,10 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
         assert (
             f"A file of {target:,} bytes was asked for. Accepted: {least:,} " in told and f"to {most:,} bytes" in told
         )
+    for bits in (0.1 * least / size_of(source).weights, 16):  # a size may be more than the six bits of a pack
+        told = refused(source, quantize="gguf", bits=max(1, bits))
+        assert f"{8 * least / size_of(source).weights:.2f} to {8 * most / size_of(source).weights:.2f} bits" in told
+    assert "6 can be had" in refused(source, bits=7)
     assert "Take 'gguf'" in refused(source, quantize="q4_k", target="1MB")
     assert "give target (900MB, say)" in refused(source, quantize="gguf")
     assert "has no zero" in refused(source, target="1MB", sparsity=0.5)

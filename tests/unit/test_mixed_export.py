@@ -81,7 +81,7 @@ def test_embedding_and_head_are_on_a_grid_too(family: str, tmp_path: Path):
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(exported(run, tmp_path / "model.gguf")).tensors}
     assert types["token_embd.weight"] == "Q8_0" and types["blk.0.ffn_down.weight"] == "Q4_0"
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"target": "2MB", "sparsity": None, "embedding": "int8"}, "chooses by a size"),
+        ({"target": "2MB", "sparsity": None, "embedding": "int8"}, "chooses by a size. Leave embedding out"),
         ({"embedding": "q9"}, "grid"),
     ]
     for settings, told in wrong:

@@ -141,6 +141,8 @@ def test_the_command_writes_it_again(run: Path, tmp_path: Path):
     result = CliRunner().invoke(cli.app, ["report", str(run), "--output", str(tmp_path / "page.html")])
     assert result.exit_code == 0 and (tmp_path / "page.html").read_text() == page(_report(run))
     (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(cli.app, ["report", str(tmp_path / "none")])
+    assert "report.json" in str(result.exception) and "Make it" not in str(result.exception)
     result = CliRunner().invoke(cli.app, ["report", str(tmp_path / "empty")])
     assert isinstance(result.exception, errors.OutputError) and not list((tmp_path / "empty").iterdir())
 

@@ -185,7 +185,10 @@ def test_a_variant_of_a_comparison_may_be_refined():
 def test_the_summary_says_what_it_brought(dense: Path):
     report = convexprune.prune(dense, **SETTINGS, refine="layer").report
     (fact,) = [fact for fact in facts(report) if fact.name == "refined"]
-    assert "of what it was" in fact.text and "operators kept their values" in fact.text
+    assert "held-out tokens is" in fact.text and "operators kept their values" in fact.text
+    report = convexprune.prune(dense, **SETTINGS | {"held_out_samples": 0}, refine="layer").report
+    (fact,) = [fact for fact in facts(report) if fact.name == "refined"]
+    assert "calibration tokens is" in fact.text  # no others are there
 
 
 def test_a_resumed_run_has_the_same_bits(dense: Path, tmp_path: Path):
