@@ -1,6 +1,6 @@
 """The public functions `prune`, `plan`, `permute` and `export`."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from convexprune.adapters import (
     needs_sampling,
     recipe_windows,
     refuse_headless,
+    rotated,
     save_permuted,
 )
 from convexprune.errors import PatternError, RecipeError, unknown
@@ -149,6 +150,7 @@ def permute(
     Yu, NeurIPS 2021). Experiments on the model find such sets, and the result is tried. Prune the permuted model as
     usual. Adapters (LoRA) trained on the former order do not fit. A loaded model is changed in place; with `output_dir`
     the model is never whole in memory, if its checkpoint allows streaming, and `permutation.json` holds every order.
+    With `rotate` the hidden states are rotated first, by a model that is whole in memory.
 
     Args:
         settings: by name:
@@ -188,14 +190,16 @@ def permute(
             return permuted.model
 
     begin("loading the model")
-    with opened(source, stream=folder is not None).lent() as loaded:
+    with opened(source, stream=folder is not None and not call.rotate).lent() as loaded, ExitStack() as kept:
         refuse_headless(loaded.model, {"permute": ""})
         check_patterns(loaded.layers, recipe.layer_settings())  # what `prune` refuses afterwards
         # To sample text a model has to be whole.
         sampler = opened(source) if loaded.streams and needs_sampling(dataset) else loaded
         tokens, _ = recipe_windows(dataset, sampler, recipe)
         del sampler
-        found = find_permutation(loaded, tokens, order_of, recipe.batch_size, recipe.seed)
+        given = (loaded, tokens, order_of, recipe.batch_size, recipe.seed)
+        rotation = kept.enter_context(rotated(*given)) if call.rotate else None
+        found = replace(find_permutation(*given), rotation=rotation)
         if folder is None:
             found.apply(loaded.model)
         else:
