@@ -21,11 +21,12 @@ from torch import Tensor
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.work import Work, prune_claimed
 from convexprune.adapters import HuggingFaceModel, load, text_windows
+from convexprune.adapters._data.likelihood import of_states
 from convexprune.adapters._removal.shortening import find_shortening, layers_to_remove
 from convexprune.constraints import Layers
 from convexprune.pruners import Convex, ShortGPT
 from convexprune.recipe import make_recipe
-from convexprune.validation._perplexity import final_states, fit, of_states, perplexity
+from convexprune.validation._perplexity import final_states, fit, perplexity
 from convexprune.validation._texts import text_of
 
 SCORES = ("divergence", "influence")

@@ -1,6 +1,6 @@
 """Perplexity on fixed windows of text, as in the pruning literature."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
-from convexprune.adapters import HuggingFaceModel, divergence, logits_in_pieces
+from convexprune.adapters import HuggingFaceModel, logits_in_pieces
+from convexprune.adapters._data.likelihood import Logits, by_token, of_states
 from convexprune.errors import CalibrationError
 
 
@@ -41,9 +42,6 @@ class Perplexity:
     windows: int
     window: int
     stride: int
-
-
-Logits = Callable[[Tensor], Iterable[Tensor]]  # of ids [windows window], by piece [windows positions vocabulary]
 
 
 def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> Perplexity:
@@ -85,30 +83,15 @@ def fit(
     windows, window = tokens.shape
     counts = torch.ones(windows, window - 1) if counted is None else counted.float()
     batches, count = tokens.split(batch_size), int(counts.sum())
-    step, nll, kl = begin("perplexity", len(batches)), [0.0] * len(networks), [0.0] * len(networks)
+    step, total = begin("perplexity", len(batches)), torch.zeros(len(networks), 2, dtype=torch.float64)
     for batch, weights in zip(batches, counts.split(batch_size), strict=True):
-        losses, labels, done = [list[Tensor]() for _ in networks], batch[:, 1:], 0
-        for first, *others in zip(*(network(batch) for network in networks), strict=True):
-            now, labels = labels[:, : first.shape[1]].to(first.device), labels[:, first.shape[1] :]
-            own, done = weights[:, done : done + now.shape[1]].to(first.device), done + now.shape[1]
-            losses[0].append(_losses(first, now) * own)
-            for i, other in enumerate(others, 1):
-                logits = other.to(first.device)
-                losses[i].append(_losses(logits, now) * own)
-                kl[i] += (divergence(first.float(), logits.float()) * own).double().sum().item()
-        nll = [a + sum(w.double().sum().item() for w in torch.cat(b, 1)) for a, b in zip(nll, losses, strict=True)]
+        total += (by_token(batch, networks) * weights).double().sum((2, 3))
         step("")
-    means = torch.as_tensor(nll, dtype=torch.float64) / count
+    nll, kl = (total / count).T
     # torch's exponential, because Python's raises where the answer is infinity.
-    values = zip(means.exp().tolist(), means.tolist(), strict=True)
+    values = zip(nll.exp().tolist(), nll.tolist(), strict=True)
     found = [Perplexity(*each, tokens=count, windows=windows, window=window, stride=window) for each in values]
-    return [(each, total / count) for each, total in zip(found, kl, strict=True)]
-
-
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the negative log-likelihoods [windows positions] of labels, window by window."""
-    pairs = zip(logits, labels, strict=True)
-    return torch.stack([nn.functional.cross_entropy(z.float(), y, reduction="none") for z, y in pairs])
+    return list(zip(found, kl.tolist(), strict=True))
 
 
 def of_model(model: PreTrainedModel) -> Logits:
@@ -121,17 +104,6 @@ def of_model(model: PreTrainedModel) -> Logits:
             yield from logits_in_pieces(model, batch.to(model.device))
         finally:
             model.train(training)
-
-    return logits
-
-
-def of_states(model: HuggingFaceModel, states: Sequence[Tensor] | Recorded) -> Logits:
-    """Return the logits of final hidden states [1 window hidden], in the order of the windows."""
-    last = iter(states)
-
-    def logits(batch: Tensor) -> Iterator[Tensor]:
-        hidden = next(last)
-        return (model.logits(batch, hidden, positions) for positions in model.pieces(batch))
 
     return logits
 

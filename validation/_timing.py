@@ -44,7 +44,10 @@ class Timing:
 
 
 def time_in_turns(
-    runs: Mapping[str, Callable[[], object]], device: str, seconds: float, often: Callable[[Any], int]
+    runs: Mapping[str, Callable[[], object]],
+    device: str,
+    seconds: float,
+    often: Callable[[Any], int] = lambda _: 1,
 ) -> dict[str, list[float]]:
     """Return seconds of every run, divided by `often` of its result, an entry for a round.
 

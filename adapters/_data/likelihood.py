@@ -1,12 +1,17 @@
-"""The fit of final hidden states to a text, and their divergence from the dense model's predictions."""
+"""The fit of networks to a text, and their divergence from the first of them: the dense model, say."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from convexprune._layerwise.capture import Recorded
 
 from .._huggingface import HuggingFaceModel
+
+Logits = Callable[[Tensor], Iterable[Tensor]]  # of ids [windows window], by piece [windows positions vocabulary]
 
 
 @dataclass(frozen=True)
@@ -17,41 +22,52 @@ class Likelihood:
     kl: tuple[float, ...]  # divergence from the dense model by window, sum_v p_dense(v) (ln p_dense(v) - ln p(v))
 
 
+def of_states(model: HuggingFaceModel, states: Sequence[Tensor] | Recorded) -> Logits:
+    """Return the logits of final hidden states [windows window hidden] by batch, in the order of the batches."""
+    last = iter(states)
+
+    def logits(batch: Tensor) -> Iterable[Tensor]:
+        hidden = next(last)
+        return (model.logits(batch, hidden, positions) for positions in model.pieces(batch))
+
+    return logits
+
+
 @torch.no_grad()
 def likelihoods(
     model: HuggingFaceModel, batches: Sequence[Tensor], dense: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Likelihood]:
-    """Return the likelihoods of the dense model and of others, by final states; the dense softmax is computed once."""
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("dense", *others)}
-    for i, batch in enumerate(batches):
-        states = {"dense": dense[i], **{name: other[i] for name, other in others.items()}}
-        for row, ids in enumerate(batch):
-            window = _window(model, ids[None], {name: hidden[row][None] for name, hidden in states.items()})
-            for name, means in window.items():
-                for values, mean in zip(found[name], means, strict=True):
-                    values.append(mean)
-    return {name: Likelihood(tuple(nll), tuple(kl)) for name, (nll, kl) in found.items()}
+    """Return the likelihoods of the dense model and of others, by final states."""
+    networks = [of_states(model, states) for states in (dense, *others.values())]
+    means = torch.cat([by_token(batch, networks).double().mean(3) for batch in batches], dim=2).tolist()
+    return {name: Likelihood(*map(tuple, own)) for name, own in zip(("dense", *others), means, strict=True)}
 
 
-def _window(model: HuggingFaceModel, ids: Tensor, states: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Return, for a window of ids [1 tokens], the mean negative log-likelihood and the mean divergence by network."""
-    parts: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in states}
-    for positions in model.pieces(ids):
-        reference = model.logits(ids, states["dense"], positions)[0].float()
-        targets = ids[0, positions.to(ids.device) + 1].to(reference.device)
-        probabilities = reference.softmax(-1)
-        entropy = _cross_entropy(probabilities, reference)
-        for name, (nll, kl) in parts.items():
-            z = reference if name == "dense" else model.logits(ids, states[name], positions)[0].float()
-            nll.append(z.logsumexp(-1) - z.gather(1, targets[:, None])[:, 0])
-            kl.append(_cross_entropy(probabilities, z) - entropy)
-    return {name: [torch.cat(part).double().mean().item() for part in both] for name, both in parts.items()}
+def by_token(ids: Tensor, networks: Sequence[Logits]) -> Tensor:
+    """Return [networks 2 windows window - 1] of ids [windows window]: negative log-likelihoods of the tokens after the
+    first of a window, and divergences KL(first || network) there, in nats.
+
+    Logits are widened to float32 by window. The first softmax is computed once.
+    """
+    parts, labels = list[Tensor](), ids[:, 1:]
+    for pieces in zip(*(network(ids) for network in networks), strict=True):
+        device, count = pieces[0].device, pieces[0].shape[1]
+        now, labels = labels[:, :count].to(device), labels[:, count:]
+        rows = [_of_window(own, [piece[row] for piece in pieces]) for row, own in enumerate(now)]
+        parts.append(torch.stack(rows, dim=2).cpu())
+    return torch.cat(parts, dim=3)
 
 
-def divergence(dense: Tensor, other: Tensor) -> Tensor:
-    """Return sum_v p_dense(v) (ln p_dense(v) - ln p(v)) [...], in nats, of logits [... vocabulary]."""
-    probabilities = dense.softmax(-1)
-    return _cross_entropy(probabilities, other) - _cross_entropy(probabilities, dense)
+def _of_window(labels: Tensor, logits: Sequence[Tensor]) -> Tensor:
+    """Return [networks 2 positions] of a window's labels [positions] and logits [positions vocabulary] by network."""
+    first = logits[0].float()
+    probabilities = first.softmax(-1)
+    entropy, found = _cross_entropy(probabilities, first), list[Tensor]()
+    for each in logits:
+        z = each.to(first.device).float()
+        nll = cross_entropy(z, labels, reduction="none")
+        found.append(torch.stack([nll, _cross_entropy(probabilities, z) - entropy]))
+    return torch.stack(found)
 
 
 def _cross_entropy(probabilities: Tensor, logits: Tensor) -> Tensor:

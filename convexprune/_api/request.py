@@ -59,11 +59,12 @@ from convexprune.adapters import (
     what_needs_less,
     with_rules,
 )
+from convexprune.adapters._data.likelihood import of_states
 from convexprune.constraints import FAMILIES, Codebook
 from convexprune.errors import ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.report import OnOperator, Report
-from convexprune.validation._perplexity import final_states, fit, of_states, perplexity
+from convexprune.validation._perplexity import final_states, fit, perplexity
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,17 @@ from convexprune._container.codes import FLOATS, Layout, decode_codes, encode_co
 from convexprune._container.format import BLOCK, decode, encode, longest, width
 from convexprune._storage.failures import reading
 from convexprune._storage.files import atomic_write, write
-from convexprune._storage.tensors import BITS, LONGEST_HEADER, Entry, Spec, damaged, entries, parse_header, read_header
+from convexprune._storage.tensors import (
+    BITS,
+    LONGEST_HEADER,
+    Entry,
+    Spec,
+    damaged,
+    entries,
+    header_of,
+    parse_header,
+    read_header,
+)
 from convexprune.errors import ModelError, shown
 
 
@@ -173,12 +183,7 @@ def _header(
     told = {"version": VERSION, "header": text, "checksums": checksums, "coded": coded, "groups": groups}
     told |= {"grids": grids} if grids else {}
     notes = json.dumps(told)
-    header: dict[str, Any] = {"__metadata__": {NOTES: notes, CHECKSUM: hashlib.sha256(notes.encode()).hexdigest()}}
-    end = 0
-    for name, spec in specs.items():
-        begin, end = end, end + spec.nbytes
-        header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [begin, end]}
-    return json.dumps(header, separators=(",", ":")).encode()
+    return header_of(specs, {NOTES: notes, CHECKSUM: hashlib.sha256(notes.encode()).hexdigest()})[8:]
 
 
 # ---- unpacking

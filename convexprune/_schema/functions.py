@@ -1,14 +1,15 @@
 """The settings of every public function and command."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from convexprune._schema.group import Settings, setting
 from convexprune._schema.parameters import LISTED, RECIPE, Parameters
 from convexprune._schema.settings import ALLOW_CHANGED, LARGEST_SEED, Plain, Reading, RemoteCode
-from convexprune.errors import OutputError, RecipeError, unknown
+from convexprune.errors import OutputError, RecipeError
 
 
 class Compare(Settings):
@@ -152,20 +153,13 @@ class Advise(RemoteCode):
     )
 
 
-CHECKS = ("kernels", "answers", "determinism", "runs")
+Kind = Literal["kernels", "answers", "determinism", "runs"]
+CHECKS: tuple[str, ...] = get_args(Kind)
 
 
 class Doctor(Settings):
     group = "device"
-    checks: Annotated[tuple[str, ...], LISTED] = setting((), f"Which checks: {', '.join(CHECKS)}. Left out: all.")
-
-    @field_validator("checks")
-    @classmethod
-    def _known(cls, checks: tuple[str, ...]) -> tuple[str, ...]:
-        for name in checks:
-            if name not in CHECKS:
-                raise RecipeError(unknown("check", name, CHECKS))
-        return checks
+    checks: Annotated[tuple[Kind, ...], LISTED] = setting((), f"Which checks: {', '.join(CHECKS)}. Left out: all.")
 
 
 class Opening(Reading):
@@ -197,15 +191,9 @@ class Output(Settings):
 
 class Progress(Settings):
     group = "run"
-    on_progress: Any = setting(None, "Takes a `convexprune.Event` as a phase begins and as a step is done.")
-
-    @field_validator("on_progress")
-    @classmethod
-    def _callable(cls, on_progress: Any) -> Any:
-        if on_progress is not None and not callable(on_progress):
-            kind = type(on_progress).__name__
-            raise RecipeError(f"on_progress is a {kind}. Accepted: a function that takes a convexprune.Event.")
-        return on_progress
+    on_progress: Callable[[Any], Any] | None = setting(
+        None, "Takes a `convexprune.Event` as a phase begins and as a step is done."
+    )
 
 
 class Call(Progress, Output, Opening):

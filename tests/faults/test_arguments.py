@@ -23,7 +23,7 @@ class OnlySolves:
 ARGUMENTS = {
     "a solver that is none": ({"solver": OnlySolves()}, "solver is a OnlySolves. Accepted: admm, .*AbstractSolver"),
     "a class of a solver": ({"solver": FISTA}, "solver is the class FISTA"),
-    "on_progress": ({"on_progress": 5}, "on_progress is a int. Accepted: a function"),
+    "on_progress": ({"on_progress": 5}, "on_progress=5: Input should be callable"),
     "a folder without a name": ({"output_dir": ""}, "output_dir is an empty text"),
     "resume without a folder": ({"resume": True}, "Give output_dir"),
     "a number for a tokenizer": ({"tokenizer": 5}, "A int is no tokenizer"),
@@ -54,7 +54,7 @@ def test_arguments_of_another_kind_are_refused(case: str):
 
 @pytest.mark.parametrize("settings", [{"on_progress": 5}, {"output_dir": " "}, {"tokenizer": 5}, {"model": 5}])
 def test_permute_refuses_them_too(settings: dict[str, Any]):
-    with pytest.raises(errors.ConvexpruneError, match=r"is a int|is no |is an empty text"):
+    with pytest.raises(errors.ConvexpruneError, match=r"is a int|is no |is an empty text|be callable"):
         convexprune.permute(**({"model": EMBEDDED, "dataset": TOKENS} | settings))
 
 

@@ -88,7 +88,7 @@ def test_a_run_of_other_bits_and_a_run_that_ends_otherwise_are_found(monkeypatch
 
 
 def test_a_check_that_there_is_not_is_refused():
-    with pytest.raises(errors.RecipeError, match="Unknown check 'answer'"):
+    with pytest.raises(errors.RecipeError, match=r"checks.*'answer': Input should be 'kernels'"):
         doctor(checks=("answer",))
 
 

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load, save, text_windows
-from convexprune.adapters._data.likelihood import likelihoods
+from convexprune.adapters._data.likelihood import likelihoods, of_states
 from convexprune.errors import CalibrationError
 from convexprune.validation import Perplexity, perplexity
-from convexprune.validation._perplexity import _last_states, fit, of_states
+from convexprune.validation._perplexity import _last_states, fit
 
 WINDOWS = torch.arange(5 * 32).reshape(5, 32) * 37 % 4096
 LONG = torch.arange(2 * 64).reshape(2, 64) * 37 % 4096
