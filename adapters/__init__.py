@@ -21,7 +21,7 @@ from ._data.documents import (
     read_text,
     split_field,
 )
-from ._data.likelihood import Likelihood, likelihoods
+from ._data.likelihood import Likelihood, Logits, by_token, last_states, likelihoods, of_states
 from ._data.rows import shortage
 from ._data.sources import addressed, check_dataset, needs_sampling, parts_of
 from ._discovery.family import TESTED

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.work import Work, prune_claimed
-from convexprune.adapters import HuggingFaceModel, load, text_windows
-from convexprune.adapters._data.likelihood import of_states
+from convexprune.adapters import HuggingFaceModel, last_states, load, of_states, text_windows
 from convexprune.adapters._removal.shortening import find_shortening, layers_to_remove
 from convexprune.constraints import Layers
 from convexprune.pruners import Convex, ShortGPT
 from convexprune.recipe import make_recipe
-from convexprune.validation._perplexity import final_states, fit, perplexity
+from convexprune.validation._perplexity import fit
 from convexprune.validation._texts import text_of
 
 SCORES = ("divergence", "influence")
@@ -72,8 +71,8 @@ class Table:
         """The perplexity of each text, and the hidden states after the last layer."""
         values, kept = dict[str, float](), dict[str, list[Tensor]]()
         for name, windows in self._texts.items():
-            with final_states(self._model, len(windows)) as kept[name]:
-                values[name] = round(perplexity(self._model.model, windows).value, 2)
+            kept[name] = list(last_states(self._model, windows))
+            values[name] = round(fit(windows, of_states(self._model, kept[name]))[0][0].value, 2)
         return values, kept
 
 

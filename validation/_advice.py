@@ -16,9 +16,7 @@ from convexprune._device.switches import pinned
 from convexprune._schema import functions as doors
 from convexprune._schema.functions import MEASURED_ON
 from convexprune._schema.parameters import documented
-from convexprune.adapters import bundled_if_none, read_outline
-from convexprune.adapters._inspection.outline import Outline
-from convexprune.adapters._types import alike
+from convexprune.adapters import Outline, alike, bundled_if_none, read_outline
 from convexprune.errors import DependencyError, ModelError, RecipeError
 from convexprune.recipe import make_recipe
 
@@ -197,6 +195,7 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
             f"advise needs a single target, and {came}. Accepted: target='4GiB' (--target), bits=3.5 (--bits) or "
             "speed=1.5 (--speed)."
         )
+    (kind,), value = given, float(getattr(asked, given[0]))
     source = bundled_if_none({"model": model})["model"]
     outline = read_outline(source, make_recipe(model=str(source)), asked.trust_remote_code)
     size = outline.size
@@ -208,26 +207,21 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
         inside, rest = way.kept * operators, way.kept * (decoder - operators) + size.fixed
         other = LOSSLESS if way.then == "pack" else 16
         disk, memory = inside * way.disk + rest * other, inside * way.memory + rest * 16
-        reached = {
-            "target": (memory if asked.memory else disk) / 8 <= (asked.target or 0),
-            "bits": disk / (dense / 16) <= (asked.bits or 0),
-            "speed": dense / memory >= (asked.speed or 0),
-        }[given[0]]
-        place = str(source)
-        if way.arguments:
-            commands, place = (f"convexprune prune {source} {way.arguments} --dataset TEXT --output DIR",), "DIR"
-        else:
-            commands = ()
-        commands += (f"convexprune {way.then} {place} OUT",) if way.then else ()
-        return Advised(way, int(disk / 8), int(memory / 8), disk / (dense / 16), dense / memory, reached, commands)
+        bits, faster = disk / (dense / 16), dense / memory
+        nbytes = (memory if asked.memory else disk) / 8
+        reached = {"target": nbytes <= value, "bits": bits <= value, "speed": faster >= value}
+        prune = f"convexprune prune {source} {way.arguments} --dataset TEXT --output DIR"
+        then = f"convexprune {way.then} {'DIR' if way.arguments else source} OUT"
+        commands = (*([prune] if way.arguments else []), *([then] if way.then else []))
+        return Advised(way, int(disk / 8), int(memory / 8), bits, faster, reached[kind], commands)
 
     ways = map(applied, [Way(AS_IT_IS, "", "", 16, 16, 1, 1, 1, ""), *measured()])
     found = sorted(ways, key=lambda each: (not each.reaches, each.way.times, bool(each.commands), each.disk))
     words = {
-        "target": f"{(asked.target or 0) / 1e6:,.2f} MB {'in memory' if asked.memory else 'on disk'}",
-        "bits": f"{asked.bits} bits a weight on disk",
-        "speed": f"{asked.speed} times the tokens a second at batch 1",
+        "target": f"{value / 1e6:,.2f} MB {'in memory' if asked.memory else 'on disk'}",
+        "bits": f"{value} bits a weight on disk",
+        "speed": f"{value} times the tokens a second at batch 1",
     }
     folder = Path(source)
     files, notes = file_sizes(folder, outline) if folder.is_dir() else ({}, [NO_FOLDER])
-    return Advice(str(source), dense // 8, words[given[0]], tuple(found), files, tuple(notes))
+    return Advice(str(source), dense // 8, words[kind], tuple(found), files, tuple(notes))

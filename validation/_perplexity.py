@@ -1,22 +1,15 @@
 """Perplexity on fixed windows of text, as in the pruning literature."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from convexprune._layerwise.capture import Recorded
-from convexprune._layerwise.context import LayerContext, propagate
 from convexprune._layerwise.folder_store import FolderStore
-from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
-from convexprune.adapters import HuggingFaceModel, logits_in_pieces
-from convexprune.adapters._data.likelihood import Logits, by_token, of_states
+from convexprune.adapters import HuggingFaceModel, Logits, by_token, last_states, logits_in_pieces, of_states
 from convexprune.errors import CalibrationError
 
 
@@ -115,37 +108,6 @@ def streamed_evaluation(model: HuggingFaceModel, tokens: Tensor, store: FolderSt
     A single decoder layer is in memory at a time. The store has the pruned layers, and place for hidden states.
     """
     with store.scratch(store.count) as record:
-        states = [_last_states(model, tokens, record, store.count, pruned) for pruned in (None, store)]
+        states = [last_states(model, tokens, record, pruned) for pruned in (None, store)]
         (dense, _), (pruned, kl) = fit(tokens, *(of_states(model, each) for each in states))
     return {"dense": vars(dense), "pruned": {**vars(pruned), "kl": kl}}
-
-
-@contextmanager
-def final_states(model: HuggingFaceModel, windows: int) -> Iterator[list[Tensor]]:
-    """Record the hidden states [1 window hidden] after the last decoder layer of a model in memory, on the CPU.
-
-    The list is complete at the end of the block; some families pass a window twice.
-    """
-    states = list[Tensor]()
-
-    def record(_: nn.Module, __: object, output: Any) -> None:
-        states.append((output if isinstance(output, Tensor) else output[0]).detach().cpu())
-
-    with model.layers[-1].module.register_forward_hook(record):
-        yield states
-    states[:] = states[:: len(states) // windows]
-
-
-def _last_states(
-    model: HuggingFaceModel, tokens: Tensor, record: Callable[[], Recorded], count: int, pruned: FolderStore | None
-) -> Recorded:
-    """Return the hidden states after the last of `count` layers, the pruned layers if `pruned` is a store."""
-
-    def step(context: LayerContext) -> None:
-        if pruned is not None:
-            pruned.load(model, context.number, "pruned")
-        propagate(context)
-
-    states = MemoryStore(range(count), record)
-    LayerWalk(model, tokens.split(1), states).run(step)
-    return states.take(count)

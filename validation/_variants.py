@@ -1,14 +1,12 @@
 """The variants of a comparison by name, and their layer settings: method, sparsity, pattern, convention, allocation."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
 from convexprune._layerwise.settings import LayerSettings, TokenWeighting
 from convexprune._runs.executors import check_patterns
+from convexprune._schema.group import from_yaml
 from convexprune.adapters import HuggingFaceModel, allocate_each, find_removal, token_weights
 from convexprune.constraints import parse_pattern
 from convexprune.errors import RecipeError, unknown
@@ -166,20 +164,10 @@ def _method(text: str) -> dict[str, Any]:
         if not equals:
             raise RecipeError(f"{text!r}: a setting of a method reads name=value, as in sparsegpt:damping=0.1.")
         place = settings if key in OF_RECIPE else settings.setdefault("method_args", {})
-        place[key] = _value(value)
+        place[key] = from_yaml(value)
     if kind == "quantizer" and not {"quantize", "bits"} & settings.keys():
         raise RecipeError(f"{text!r}: a quantizer needs a number of bits, as in {name}:quantize=int4 or {name}:bits=3.")
     return settings
-
-
-def _value(text: str) -> Any:
-    """Parse a setting as YAML, and numbers without a point (1e-6), which YAML takes for text."""
-    with suppress(ValueError):
-        return float(text) if "e" in text.lower() else int(text)
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _without_own(text: str) -> tuple[str, dict[str, list[str]]]:

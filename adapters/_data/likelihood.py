@@ -8,6 +8,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from convexprune._layerwise.capture import Recorded
+from convexprune._layerwise.context import LayerContext, propagate
+from convexprune._layerwise.folder_store import FolderStore
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.walk import LayerWalk
 
 from .._huggingface import HuggingFaceModel
 
@@ -20,6 +24,25 @@ class Likelihood:
 
     nll: tuple[float, ...]  # negative log-likelihood by window
     kl: tuple[float, ...]  # divergence from the dense model by window, sum_v p_dense(v) (ln p_dense(v) - ln p(v))
+
+
+def last_states(
+    model: HuggingFaceModel,
+    tokens: Tensor,
+    record: Callable[[], Recorded] = list,
+    pruned: FolderStore | None = None,
+) -> Recorded:
+    """Return the hidden states [1 window hidden] after the last layer, by window; of pruned layers with a store."""
+
+    def step(context: LayerContext) -> None:
+        if pruned is not None:
+            pruned.load(model, context.number, "pruned")
+        propagate(context)
+
+    count = len(model.layers)
+    states = MemoryStore(range(count), record)
+    LayerWalk(model, tokens.split(1), states).run(step)
+    return states.take(count)
 
 
 def of_states(model: HuggingFaceModel, states: Sequence[Tensor] | Recorded) -> Logits:

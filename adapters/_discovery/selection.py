@@ -53,9 +53,8 @@ def left_alone(
         for place in layout.places:
             operators.append(f"{layer}.{place.name}")
             parameter = f"{layer}.{place.path}"
-            last = place.name if place.index is None else place.path
             kind = type(model.get_submodule(f"{layer}.{place.module}".removesuffix("."))).__name__
-            names[operators[-1]] = operators[-1], place.name, last, last.rpartition(".")[2], kind, "Linear"
+            names[operators[-1]] = *_names(layer, place.name), kind
             if parameter in shared:
                 reasons[operators[-1]] = f"{TIED}{shared[parameter]}"
     targeted, ignored = _matches(targets, names), _matches(ignore, names)
@@ -206,7 +205,7 @@ def rule_of(rules: Sequence[Rule], layers: Sequence[DecoderLayer]) -> Mapping[st
 
 
 def _names(layer: str, operator: str) -> Iterator[str]:
-    """Yield the names of an operator, the whole name first, as `selection.left_alone`, without other classes."""
+    """Yield the names of an operator, the whole name first."""
     yield f"{layer}.{operator}"
     yield operator
     path, _, last = operator.rpartition(".")

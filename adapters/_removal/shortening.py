@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from convexprune._layerwise.capture import Recorded
-from convexprune._layerwise.context import LayerContext, propagate, recorded
+from convexprune._layerwise.context import LayerContext, recorded
 from convexprune._layerwise.model import Call, DecoderLayer
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
@@ -19,7 +18,7 @@ from convexprune.constraints import Constraint, check_some
 from convexprune.errors import ModelError
 from convexprune.pruners import Score
 
-from .._data.likelihood import likelihoods
+from .._data.likelihood import last_states, likelihoods
 from .._discovery.family import decoder_layers
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
@@ -43,7 +42,7 @@ def layers_to_remove(
         found = influences(model, windows, record)
         return sorted(allowed, key=found.__getitem__)[:count]
     windows = windows[: max(1, TOKENS // windows.shape[1])]
-    gone, tried, dense = list[int](), list(allowed), _final(model, windows, record)
+    gone, tried, dense = list[int](), list(allowed), last_states(model, windows, record)
     step = begin("choosing layers", count)
     for left in range(count, 0, -1):
         diverged = divergences(model, windows, dense, gone, tried, record)
@@ -105,13 +104,6 @@ def divergences(
     LayerWalk(model, batches, MemoryStore(range(len(model.layers)), record)).run(step)
     found = likelihoods(model, batches, dense, states)
     return {number: fmean(found[str(number)].kl) for number in wanted}
-
-
-def _final(model: HuggingFaceModel, windows: Tensor, record: base.Making) -> Recorded:
-    """Return the hidden states of the dense model after its last layer."""
-    states = MemoryStore(range(len(model.layers)), record)
-    LayerWalk(model, windows.split(1), states).run(propagate)
-    return states.take(len(model.layers))
 
 
 OWN = ("layer_idx", "layer_id", "layer_number", "training")  # what differs between modules that are alike

@@ -50,8 +50,10 @@ from convexprune.adapters import (
     ends,
     find_removal,
     given_tokenizer,
+    last_states,
     load,
     needs_sampling,
+    of_states,
     on_grid,
     refuse_headless,
     said_of_base,
@@ -59,12 +61,11 @@ from convexprune.adapters import (
     what_needs_less,
     with_rules,
 )
-from convexprune.adapters._data.likelihood import of_states
 from convexprune.constraints import FAMILIES, Codebook
 from convexprune.errors import ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.report import OnOperator, Report
-from convexprune.validation._perplexity import final_states, fit, perplexity
+from convexprune.validation._perplexity import fit
 
 logger = logging.getLogger(__name__)
 
@@ -288,14 +289,11 @@ class Request:
     def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
         """Measure perplexity, and for a pruned model the divergence from the dense model."""
         if "evaluation" in windows:
-            with final_states(loaded, len(windows["evaluation"])) as states:
-                found: dict[str, float] = vars(perplexity(loaded.model, windows["evaluation"]))
-            if self.dense_states is None:
-                self.dense_states = states
-            else:
-                networks = (of_states(loaded, each) for each in (self.dense_states, states))
-                found = found | {"kl": fit(windows["evaluation"], *networks)[1][1]}
-            report.perplexity[name] = found
+            states = [each.cpu() for each in last_states(loaded, windows["evaluation"])]
+            networks = (of_states(loaded, each) for each in (self.dense_states, states) if each is not None)
+            found, kl = fit(windows["evaluation"], *networks)[-1]
+            report.perplexity[name] = vars(found) | ({} if self.dense_states is None else {"kl": kl})
+            self.dense_states = self.dense_states or states
             self.clock.lap("evaluation")
 
 

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load, save, text_windows
-from convexprune.adapters._data.likelihood import likelihoods, of_states
+from convexprune.adapters._data.likelihood import last_states, likelihoods, of_states
 from convexprune.errors import CalibrationError
 from convexprune.validation import Perplexity, perplexity
-from convexprune.validation._perplexity import _last_states, fit
+from convexprune.validation._perplexity import fit
 
 WINDOWS = torch.arange(5 * 32).reshape(5, 32) * 37 % 4096
 LONG = torch.arange(2 * 64).reshape(2, 64) * 37 % 4096
@@ -131,7 +131,7 @@ def streamed(model: HuggingFaceModel, folder: Path) -> Perplexity:
     opened = load(folder / "model", device="cpu", stream=True)
     store = FolderStore(folder, len(opened.layers), "cpu")
     with store.scratch(store.count) as record:
-        return fit(LONG, of_states(opened, _last_states(opened, LONG, record, store.count, None)))[0][0]
+        return fit(LONG, of_states(opened, last_states(opened, LONG, record)))[0][0]
 
 
 def compared(model: HuggingFaceModel, _: Path) -> Any:
