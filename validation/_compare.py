@@ -88,10 +88,9 @@ def compare(
     chosen: dict[str, Any] = {"targets": recipe.targets, "ignore": recipe.ignore, "allow_changed": asked.allow_changed}
     loaded = adapters.load(source, device=device, dtype=recipe.torch_dtype, **chosen)
     settings = layer_settings(loaded, variants)
-    some = slice(asked.eval_windows or None)
-    each = {name: adapters.text_windows(text, loaded, asked.eval_window, name) for name, text in texts.items()}
-    windows = {name: tokens[some] for name, tokens in each.items()}
-    tokens = Tokens(*adapters.recipe_windows(dataset, loaded, recipe), windows)
+    windows = {name: adapters.text_windows(text, loaded, asked.eval_window, name) for name, text in texts.items()}
+    evaluated = {name: each[: asked.eval_windows or None] for name, each in windows.items()}
+    tokens = Tokens(*adapters.recipe_windows(dataset, loaded, recipe), evaluated)
     widest = max(operator.shape[1] for layer in loaded.layers for operator in layer.operators)
     if (warning := shortage(tokens.calibration, widest)) is not None:
         logger.warning(warning)

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from convexprune import adapters
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
@@ -20,18 +21,7 @@ from convexprune._progress import begin
 from convexprune._progress.shown import visible
 from convexprune._schema.functions import EVALUATE, Evaluate
 from convexprune._schema.parameters import documented
-from convexprune.adapters import (
-    CORPORA,
-    TEXT_FILES,
-    HuggingFaceModel,
-    answers,
-    bundled_if_none,
-    datasets_package,
-    hub_text,
-    load,
-    read_documents,
-    text_windows,
-)
+from convexprune.adapters import HuggingFaceModel, load
 from convexprune.errors import CalibrationError, ModelError, RecipeError, unknown
 from convexprune.report import finite
 
@@ -128,7 +118,7 @@ def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any)
     """
     own, shared = EVALUATE.read({"model": model, **settings} if model is not None else settings)
     _check(own)
-    device, chosen = default_device(shared.get("device", "auto")), bundled_if_none(shared)
+    device, chosen = default_device(shared.get("device", "auto")), adapters.bundled_if_none(shared)
     dtype = None if chosen.get("dtype") is None else getattr(torch, str(chosen["dtype"]))
     trust: dict[str, Any] = {"trust_remote_code": own.trust_remote_code, "allow_changed": own.allow_changed}
     with within_memory():
@@ -141,13 +131,13 @@ def _check(own: Evaluate) -> None:
     if not own.text and not own.tasks:
         raise RecipeError("Nothing to evaluate on. Give a text (--text FILE, or wikitext2), tasks (--tasks), or both.")
     for text in own.text:
-        if text in CORPORA:
-            datasets_package()
+        if text in adapters.CORPORA:
+            adapters.datasets_package()
         elif is_text_file(text):
-            read_documents(text)
+            adapters.read_documents(text)
         elif text not in TEXTS:
-            known = f"{unknown('text', text, [*CORPORA, *TEXTS])} Or give a file"
-            raise CalibrationError(f"{known} that ends in {' or '.join(TEXT_FILES)}.")
+            known = f"{unknown('text', text, [*adapters.CORPORA, *TEXTS])} Or give a file"
+            raise CalibrationError(f"{known} that ends in {' or '.join(adapters.TEXT_FILES)}.")
     if own.tasks:
         require_tasks(own.tasks, own.tasks_dir)
 
@@ -171,7 +161,7 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
                 why = f"the text has {known:,} tokens" if known < window else f"ask for it with window={window}"
                 left_out.append(f"{text} by native windows of {window:,} tokens: {why}.")
                 continue
-            tokens = text_windows(content, model, window, text)
+            tokens = adapters.text_windows(content, model, window, text)
             known = tokens.numel()
             tokens = tokens[: OF_C4 if own.max_windows is None and text == "c4" else own.max_windows]
             *reference, (p, kl) = fit(tokens, *(of_model(each.model) for each in (*others, model)))
@@ -185,7 +175,7 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
 
 def _conversations(text: str) -> list[Any] | None:
     """Return the conversations of a file; None for a text."""
-    rows = read_documents(text).rows if is_text_file(text) else [text]
+    rows = adapters.read_documents(text).rows if is_text_file(text) else [text]
     return None if all(isinstance(row, str) for row in rows) else list(rows)
 
 
@@ -194,7 +184,7 @@ def _answers(text: str, chats: Sequence[Any], opened: Sequence[HuggingFaceModel]
     (model, *others), tokenizer = opened, opened[0].tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         raise CalibrationError(f"{text} holds conversations, and {model.name} has no chat template. Give text.")
-    read = [answers(chat, tokenizer) for chat in chats]
+    read = [adapters.answers(chat, tokenizer) for chat in chats]
     length = min(longest, max(len(ids) for ids, _ in read))
     tokens, counted = torch.zeros(len(read), length, dtype=torch.long), torch.zeros(len(read), length, dtype=torch.bool)
     for row, (ids, inside) in enumerate(read):
@@ -226,9 +216,11 @@ def _conventions(limit: int, asked: int | None) -> list[tuple[str, int]]:
 
 def _content(text: str, longest: int, own: Evaluate) -> str:
     """Return a text: of C4, which is endless, as much as the windows may need."""
-    if text not in CORPORA:
+    if text not in adapters.CORPORA:
         return text_of(text)
-    return hub_text(text, "evaluation", (own.max_windows or OF_C4) * longest * CHARACTERS if text == "c4" else None)
+    return adapters.hub_text(
+        text, "evaluation", (own.max_windows or OF_C4) * longest * CHARACTERS if text == "c4" else None
+    )
 
 
 def _bits_per_byte(p: Perplexity, tokens: Tensor, model: HuggingFaceModel) -> float | None:

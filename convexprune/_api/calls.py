@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from convexprune import adapters
 from convexprune._api.given import name_of, name_of_text, write_copies
 from convexprune._api.pruning import InFolder, InMemory
 from convexprune._api.result import PermuteResult, PruneResult, check_hub
@@ -28,19 +29,7 @@ from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
 from convexprune._storage.files import named
 from convexprune._storage.staging import Staging
-from convexprune.adapters import (
-    Inspection,
-    bundled_if_none,
-    check_dataset,
-    find_permutation,
-    given_tokenizer,
-    load,
-    needs_sampling,
-    recipe_windows,
-    refuse_headless,
-    rotated,
-    save_permuted,
-)
+from convexprune.adapters import Inspection, load
 from convexprune.errors import PatternError, RecipeError, unknown
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.solvers import AbstractSolver
@@ -129,7 +118,7 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
     for name in ("model", "dataset", "evaluation"):
         if isinstance(text := asked.get(name), str) and text.endswith(GIVEN):
             raise RecipeError(f"The {name} of this recipe was a {text}. Name one: {name}=... (--{name}).")
-    return call, bundled_if_none(asked)
+    return call, adapters.bundled_if_none(asked)
 
 
 @visible
@@ -164,7 +153,7 @@ def permute(
     """
     given = {"model": model, "pattern": pattern, "dataset": dataset, "on_progress": on_progress}
     call, asked = PERMUTE.read(given | settings)
-    asked = bundled_if_none(asked)
+    asked = adapters.bundled_if_none(asked)
     source: Any = asked["model"]
     dataset = asked.get("dataset", "self")
     names = {"model": name_of(source), "dataset": name_of_text(dataset), "pattern": call.pattern}
@@ -173,13 +162,13 @@ def permute(
     if order_of.block == 1:
         raise PatternError(f"Pattern {call.pattern!r} does not see the order of channels. Accepted: 'N:M', '2:4' say.")
     place = default_device(recipe.device)
-    check_dataset(dataset)
+    adapters.check_dataset(dataset)
     folder = None if call.output_dir is None else Staging.of_new(call.output_dir, source).output
     opened = partial(
         load,
         device=place,
         dtype=recipe.torch_dtype,
-        tokenizer=given_tokenizer(call.tokenizer),
+        tokenizer=adapters.given_tokenizer(call.tokenizer),
         trust_remote_code=call.trust_remote_code,
         allow_pickle=call.allow_pickle,
         allow_changed=call.allow_changed,
@@ -191,19 +180,19 @@ def permute(
 
     begin("loading the model")
     with opened(source, stream=folder is not None and not call.rotate).lent() as loaded, ExitStack() as kept:
-        refuse_headless(loaded.model, {"permute": ""})
+        adapters.refuse_headless(loaded.model, {"permute": ""})
         check_patterns(loaded.layers, recipe.layer_settings())  # what `prune` refuses afterwards
         # To sample text a model has to be whole.
-        sampler = opened(source) if loaded.streams and needs_sampling(dataset) else loaded
-        tokens, _ = recipe_windows(dataset, sampler, recipe)
+        sampler = opened(source) if loaded.streams and adapters.needs_sampling(dataset) else loaded
+        tokens, _ = adapters.recipe_windows(dataset, sampler, recipe)
         del sampler
         given = (loaded, tokens, order_of, recipe.batch_size, recipe.seed)
-        rotation = kept.enter_context(rotated(*given)) if call.rotate else None
-        found = replace(find_permutation(*given), rotation=rotation)
+        rotation = kept.enter_context(adapters.rotated(*given)) if call.rotate else None
+        found = replace(adapters.find_permutation(*given), rotation=rotation)
         if folder is None:
             found.apply(loaded.model)
         else:
-            save_permuted(loaded, found, folder)
+            adapters.save_permuted(loaded, found, folder)
         changed = read if loaded.streams else lambda: loaded.model
         return PermuteResult(permutation=found, output_dir=folder, _model=changed)
 

@@ -19,22 +19,7 @@ from convexprune._runs.folder import REPORT, RunFolder
 from convexprune._schema.functions import Call
 from convexprune._storage.files import write_text
 from convexprune._storage.staging import output_folder
-from convexprune.adapters import (
-    BUNDLED,
-    EMBEDDED,
-    TEXT_FILES,
-    HuggingFaceModel,
-    addressed,
-    calibration_and_held_out,
-    needs_sampling,
-    parts_of,
-    read_documents,
-    recipe_windows,
-    shared_weights,
-    shortage,
-    text_windows,
-    unknown_maps,
-)
+from convexprune.adapters import HuggingFaceModel
 from convexprune.errors import CalibrationError, ConvexpruneError, OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import Report
@@ -56,7 +41,7 @@ class Sources:
         adapters.check_dataset(self.dataset)
         text = self.evaluation
         if isinstance(text, str | Path) and text not in ("self", HELD_OUT):
-            read_documents(text)
+            adapters.read_documents(text)
         elif not (text is None or isinstance(text, str | Tensor)):
             raise CalibrationError(
                 f"evaluation is a {type(text).__name__}. Accepted: 'held-out', 'self', a path to a .txt or .jsonl "
@@ -65,11 +50,11 @@ class Sources:
 
     def sampled(self, windows: Windows) -> dict[str, Tensor]:
         """Return the part of the `windows` that the model writes."""
-        return {name: tokens for name, tokens in windows.items() if needs_sampling(self._by_use[name])}
+        return {name: tokens for name, tokens in windows.items() if adapters.needs_sampling(self._by_use[name])}
 
     @property
     def has_sampled(self) -> bool:
-        return any(map(needs_sampling, self._by_use.values()))
+        return any(map(adapters.needs_sampling, self._by_use.values()))
 
     def draw(
         self, model: HuggingFaceModel, recipe: Recipe, known: Windows, whole: Callable[[], HuggingFaceModel]
@@ -78,15 +63,18 @@ class Sources:
 
         A model has to be whole in memory to sample text: a streamed model is opened whole for sampling, and released.
         """
-        windows, to_sample = self.sampled(known), [name for name, text in self._by_use.items() if needs_sampling(text)]
+        windows, to_sample = (
+            self.sampled(known),
+            [name for name, text in self._by_use.items() if adapters.needs_sampling(text)],
+        )
         is_given = isinstance(self.evaluation, Tensor) or self.evaluation not in (None, "self", HELD_OUT)
-        if needs_sampling(self.dataset) and is_given:
+        if adapters.needs_sampling(self.dataset) and is_given:
             # Before the model writes its own text, which takes long: this one may be too short.
             length = adapters.window_length(model, recipe.max_seq_length)
             windows["evaluation"] = self._to_evaluate(model, length, recipe)
         sampler = whole() if model.streams and not windows.keys() >= set(to_sample) else model
         if "calibration" not in windows:
-            windows["calibration"], windows["held_out"] = recipe_windows(self.dataset, sampler, recipe)
+            windows["calibration"], windows["held_out"] = adapters.recipe_windows(self.dataset, sampler, recipe)
         if isinstance(self.evaluation, str) and self.evaluation == HELD_OUT:
             if not len(windows["held_out"]):
                 raise CalibrationError(
@@ -103,8 +91,8 @@ class Sources:
             return self.evaluation
         if self.evaluation == "self":
             settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": recipe.seed}
-            return calibration_and_held_out("self", model, split="evaluation", **settings)[0]
-        return text_windows(Path(self.evaluation), model, window)
+            return adapters.calibration_and_held_out("self", model, split="evaluation", **settings)[0]
+        return adapters.text_windows(Path(self.evaluation), model, window)
 
     @property
     def _by_use(self) -> dict[str, Any]:
@@ -115,11 +103,11 @@ def name_of_text(text: Any) -> str:
     """Return the name of a data set or a text for the recipe: a full path, a name, or a description."""
     if not isinstance(text, str | Path):
         return given(text)
-    if len(parts := parts_of(text)) > 1:
+    if len(parts := adapters.parts_of(text)) > 1:
         return ",".join(f"{name_of_text(name)}:{share:g}" for name, share in parts)
-    name, column, _ = addressed(parts[0][0])
+    name, column, _ = adapters.addressed(parts[0][0])
     path = Path(name).expanduser()
-    whole = path.suffix in TEXT_FILES and path.is_file()
+    whole = path.suffix in adapters.TEXT_FILES and path.is_file()
     return f"{path.absolute()}{'' if column is None else f'#{column}'}" if whole else str(parts[0][0])
 
 
@@ -165,9 +153,12 @@ ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and th
 def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
     shapes = [operator.shape for layer in model.layers for operator in layer.operators]
     widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
-    few, shared = shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)
+    few, shared = (
+        adapters.shortage(windows["calibration"], widest),
+        adapters.shared_weights(model.left_alone, model.layers),
+    )
     removes = recipe.build_pattern().removes is not None  # then what is left is of no matter
-    unknown = None if removes else unknown_maps(model.left_alone, model.model, model.layers)
+    unknown = None if removes else adapters.unknown_maps(model.left_alone, model.model, model.layers)
     yield from (warning for warning in (few, shared, unknown, eager_because(model.device)) if warning is not None)
     if recipe.method == "convex" and recipe.solver in ORACLES and widest > FEW:
         yield (
@@ -255,4 +246,4 @@ def name_of(source: Any) -> str:
     if not isinstance(text, str | Path) or not text:  # a compiled model has no truth value
         return given(source)
     path = Path(text).expanduser()
-    return BUNDLED if path == EMBEDDED else str(path.absolute()) if path.exists() else str(text)
+    return adapters.BUNDLED if path == adapters.EMBEDDED else str(path.absolute()) if path.exists() else str(text)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from convexprune import adapters
 from convexprune._api.given import OF_DATASET, Windows
 from convexprune._api.request import Request
 from convexprune._api.result import PruneResult
@@ -29,17 +30,7 @@ from convexprune._schema.functions import Call
 from convexprune._storage.batches import room_on
 from convexprune._storage.files import checksums, sha256, write_json
 from convexprune._storage.staging import output_folder
-from convexprune.adapters import (
-    HuggingFaceModel,
-    Inspection,
-    device_bytes,
-    inspect,
-    load_packed,
-    pruned_entries,
-    reopen,
-    require_written,
-    save_from_store,
-)
+from convexprune.adapters import HuggingFaceModel, Inspection
 from convexprune.recipe import PRESETS
 from convexprune.report import OperatorReport, Report
 from convexprune.validation._advice import measured_near
@@ -122,7 +113,7 @@ class InFolder(Request):
             whole = {"pattern": "unstructured", "method": "magnitude", "refit": self.recipe.refit is not False}
             alike = whole if self.removal.chosen_first else {"pattern": "columns"}
             settings |= alike | {"targets": self.open.keywords["targets"], "prefix": self.recipe.prefix}
-        return inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
+        return adapters.inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
 
     def _say_forecast(self) -> None:
         """Say what a run for an intention, or for a size, takes, and what is known of its quality."""
@@ -178,12 +169,12 @@ class InFolder(Request):
         if not loaded.streams:  # once it is pruned in place, it is too late
             self._evaluate(report, "dense", loaded, windows)
         on_gpu = not is_host(torch.device(self.device))
-        needed = device_bytes(self.source, self.recipe, self.call.trust_remote_code) if on_gpu else 0
+        needed = adapters.device_bytes(self.source, self.recipe, self.call.trust_remote_code) if on_gpu else 0
         store = FolderStore(self.folder.work, len(loaded.layers), self.device, room_on(self.device, needed))
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
             self._choose(loaded, windows, report, store)
-        opened = partial(reopen, partial(self.open, allow_changed=True), self.origin)
+        opened = partial(adapters.reopen, partial(self.open, allow_changed=True), self.origin)
         job = Job(self.folder.work, self._work(windows), opened, self.threads, self.installed, needed)
         prune_in_folder(self.executor, job, loaded, store, self._on_operator(loaded))
         self.clock.lap("prune")
@@ -213,16 +204,16 @@ class InFolder(Request):
         self.folder.finish(report)
 
     def _write_files(self, loaded: HuggingFaceModel, store: FolderStore, report: Report, place: Path) -> None:
-        stored = pruned_entries(loaded, store)
+        stored = adapters.pruned_entries(loaded, store)
         narrowed = self._narrowed(lambda name: stored[name].read())
         if narrowed is not None:
             report.narrowed = narrowed.sizes(loaded)
-        save_from_store(loaded, store, place, self.given_tokenizer, sparsity_settings(report), narrowed)
+        adapters.save_from_store(loaded, store, place, self.given_tokenizer, sparsity_settings(report), narrowed)
         store.write_blocks(place / BLOCKS, [layer.name for layer in loaded.layers])
         write_recipe(self.recipe, place)
         if narrowed is not None:
             write_json(place / REMOVED[self.recipe.build_pattern().removes or ""], narrowed.note())
-        require_written(loaded, place, store, narrowed)
+        adapters.require_written(loaded, place, store, narrowed)
         report.files = checksums(place)
         report.bytes = sum((place / name).stat().st_size for name in report.files)
         if self.call.pack:
@@ -246,4 +237,6 @@ class InFolder(Request):
             )  # fmt: skip
 
     def _read(self) -> PreTrainedModel:
-        return load_packed(self.folder.folder, device=self.device, trust_remote_code=self.call.trust_remote_code)
+        return adapters.load_packed(
+            self.folder.folder, device=self.device, trust_remote_code=self.call.trust_remote_code
+        )

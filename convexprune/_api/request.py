@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from convexprune import adapters
 from convexprune._api.given import (
     Sources,
     Windows,
@@ -41,26 +42,7 @@ from convexprune._layerwise.work import Work
 from convexprune._progress import FORECAST, begin
 from convexprune._runs.executors import check_patterns
 from convexprune._schema.functions import Call
-from convexprune.adapters import (
-    AbstractRemoval,
-    HuggingFaceModel,
-    TypeChoice,
-    alike,
-    allocate,
-    ends,
-    find_removal,
-    given_tokenizer,
-    last_states,
-    load,
-    needs_sampling,
-    of_states,
-    on_grid,
-    refuse_headless,
-    said_of_base,
-    token_weights,
-    what_needs_less,
-    with_rules,
-)
+from convexprune.adapters import AbstractRemoval, HuggingFaceModel, load, what_needs_less
 from convexprune.constraints import FAMILIES, Codebook
 from convexprune.errors import ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
@@ -99,7 +81,7 @@ class Request:
             self.device = f"cuda:{self.executor.rank % torch.cuda.device_count()}"
         use_gpu(self.device)
         self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
-        self.given_tokenizer = given_tokenizer(call.tokenizer)
+        self.given_tokenizer = adapters.given_tokenizer(call.tokenizer)
         self.installed = installation(self.device)
         self.open = partial(
             load,
@@ -130,10 +112,10 @@ class Request:
         pattern = self.recipe.build_pattern()
         if pattern.removes:
             begin(f"looking for {pattern.removes}")
-            self.removal = find_removal(loaded, pattern)
+            self.removal = adapters.find_removal(loaded, pattern)
             self.open = partial(self.open, targets=self.removal.choose(loaded))
             self.layers = replace(self.layers, patterns=self.removal.patterns)
-        self.layers = with_rules(self.layers, self.recipe, loaded.layers)
+        self.layers = adapters.with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
         if self.recipe.embedding_grid is not None:
             self._check_ends(loaded, self.recipe.embedding_grid)
@@ -143,16 +125,16 @@ class Request:
         needs = {
             f"allocation={self.recipe.allocation!r}": (self.recipe.allocation in WEIGHED, "take allocation='uniform'"),
             "token_weights='loss'": (weighting.kind == "loss", "take another"),
-            'dataset="self"': (needs_sampling(self.sources.dataset), "another data set"),
+            'dataset="self"': (adapters.needs_sampling(self.sources.dataset), "another data set"),
             "the perplexity": (self.sources.evaluation is not None, "leave evaluation out"),
         }
-        refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
+        adapters.refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
 
     def _check_ends(self, loaded: HuggingFaceModel, grid: Codebook) -> None:
         if self.call.output_dir is None:
             raise RecipeError(f"embedding={self.recipe.embedding!r} is written to a folder. Give output_dir.")
-        refuse_headless(loaded.model, {"embedding": "leave it out"})
-        for name in ends(loaded):
+        adapters.refuse_headless(loaded.model, {"embedding": "leave it out"})
+        for name in adapters.ends(loaded):
             try:
                 grid.check(*loaded.model.get_parameter(f"{name}.weight").shape)
             except PatternError as error:
@@ -167,7 +149,9 @@ class Request:
                 "no loaded one, and needs output_dir."
             )
         measure = imported(layout).measure
-        self.size = size = measure(loaded.folder, alike(loaded.layers), ends(loaded), loaded.model.dtype)
+        self.size = size = measure(
+            loaded.folder, adapters.alike(loaded.layers), adapters.ends(loaded), loaded.model.dtype
+        )
         self.target = self.recipe.target or int(size.weights * (self.recipe.bits or 0.0) / 8)
         size.require(self.target)
 
@@ -175,8 +159,8 @@ class Request:
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore, grid: Codebook
     ) -> None:
         """Put embedding and head on a grid."""
-        report.ends = dict.fromkeys(ends(loaded), str(grid))
-        choice = TypeChoice(
+        report.ends = dict.fromkeys(adapters.ends(loaded), str(grid))
+        choice = adapters.TypeChoice(
             loaded, windows["calibration"], self.recipe.batch_size, [*report.ends], self.layers.quantizer
         )
         choice.tensors(store, report.ends)
@@ -196,11 +180,13 @@ class Request:
         size = self.size
         assert size is not None
         room, pattern = self.target - size.fixed, self.recipe.build_pattern()
-        choice = TypeChoice(loaded, windows["calibration"], self.recipe.batch_size, size.ends, self.layers.quantizer)
+        choice = adapters.TypeChoice(
+            loaded, windows["calibration"], self.recipe.batch_size, size.ends, self.layers.quantizer
+        )
         found = store.compute_once("types", lambda: choice.types(store, pattern, size.units, room))
         choice.tensors(store, found["types"])
         begin(f"{FORECAST}{found['cost']:.2g} nats a token for these types; forecasts tell an order, not a size")
-        patterns = {name: on_grid(kind) for name, kind in found["types"].items() if name not in size.ends}
+        patterns = {name: adapters.on_grid(kind) for name, kind in found["types"].items() if name not in size.ends}
         self.layers = replace(self.layers, patterns=patterns)
         report.allocation = {"cost": found["cost"], "gap": found["gap"]}
         report.sized = size.record(found["types"], self.target)
@@ -245,13 +231,15 @@ class Request:
             self.clock.lap("types")
         elif self.recipe.allocation != "uniform":
             asked = self.recipe.allocation, self.layers
-            found = allocate(loaded, windows["calibration"], windows["held_out"], asked, self.recipe.batch_size, store)
+            found = adapters.allocate(
+                loaded, windows["calibration"], windows["held_out"], asked, self.recipe.batch_size, store
+            )
             self.layers = found.apply_to(self.layers, self.recipe.build_pattern())
             check_patterns(loaded.layers, self.layers)
             report.allocation = {"cost": found.cost, "gap": found.gap}
             self.clock.lap("allocation")
         weighting = TokenWeighting.parse(self.recipe.token_weights)
-        weights = token_weights(loaded, weighting, windows["calibration"], self.recipe.batch_size, store)
+        weights = adapters.token_weights(loaded, weighting, windows["calibration"], self.recipe.batch_size, store)
         self.layers = replace(self.layers, token_weights=weights)
         self.clock.lap("token weights")
 
@@ -266,7 +254,7 @@ class Request:
     def _report(self, loaded: HuggingFaceModel, windows: Windows) -> Report:
         environment = _environment(loaded) | {"threads": self.threads}
         report = Report(self.recipe.model_dump(mode="json"), dict(loaded.left_alone), environment)
-        report.base = said_of_base(loaded.folder)
+        report.base = adapters.said_of_base(loaded.folder)
         for warning in run_warnings(loaded, windows, self.recipe):
             self._warn(report, warning)
         return report
@@ -289,8 +277,8 @@ class Request:
     def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
         """Measure perplexity, and for a pruned model the divergence from the dense model."""
         if "evaluation" in windows:
-            states = [each.cpu() for each in last_states(loaded, windows["evaluation"])]
-            networks = (of_states(loaded, each) for each in (self.dense_states, states) if each is not None)
+            states = [each.cpu() for each in adapters.last_states(loaded, windows["evaluation"])]
+            networks = (adapters.of_states(loaded, each) for each in (self.dense_states, states) if each is not None)
             found, kl = fit(windows["evaluation"], *networks)[-1]
             report.perplexity[name] = vars(found) | ({} if self.dense_states is None else {"kl": kl})
             self.dense_states = self.dense_states or states

@@ -16,19 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 from convexprune._container.blocks import Blocks, beside
 from convexprune._container.codes import FLOATS, Layout, decode_codes, encode_codes, layout_of
 from convexprune._container.format import BLOCK, decode, encode, longest, width
+from convexprune._storage import tensors
 from convexprune._storage.failures import reading
 from convexprune._storage.files import atomic_write, write
-from convexprune._storage.tensors import (
-    BITS,
-    LONGEST_HEADER,
-    Entry,
-    Spec,
-    damaged,
-    entries,
-    header_of,
-    parse_header,
-    read_header,
-)
+from convexprune._storage.tensors import BITS, LONGEST_HEADER, Entry, Spec, damaged, entries
 from convexprune.errors import ModelError, shown
 
 
@@ -88,7 +79,7 @@ def packed_name(path: Path) -> Path:
 
 
 def pack_file(path: Path, target: Path) -> None:
-    found, text = entries(path)[0], read_header(path).decode()
+    found, text = entries(path)[0], tensors.read_header(path).decode()
     specs, checksums, coded, groups = dict[str, Spec](), dict[str, str](), list[str](), dict[str, int]()
     grids, own = dict[str, str](), beside(path)
     # A header with these has room for that of the pack, whatever is coded.
@@ -137,8 +128,8 @@ def contents(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
     """Return the original bytes of a packed file, and by tensor the number of weights and the packed bytes."""
     header, parts = _parts(path)
     packed = {n: (p.entry.spec if p.blocks is None else p.blocks).nbytes for n, p in parts.items()}
-    tensors = {n: (8 * p.spec.nbytes // BITS[p.spec.code], packed[n]) for n, p in parts.items()}
-    return len(header) + sum(part.spec.nbytes for part in parts.values()), tensors
+    sized = {n: (8 * p.spec.nbytes // BITS[p.spec.code], packed[n]) for n, p in parts.items()}
+    return len(header) + sum(part.spec.nbytes for part in parts.values()), sized
 
 
 # ---- packing
@@ -183,7 +174,7 @@ def _header(
     told = {"version": VERSION, "header": text, "checksums": checksums, "coded": coded, "groups": groups}
     told |= {"grids": grids} if grids else {}
     notes = json.dumps(told)
-    return header_of(specs, {NOTES: notes, CHECKSUM: hashlib.sha256(notes.encode()).hexdigest()})[8:]
+    return tensors.header_of(specs, {NOTES: notes, CHECKSUM: hashlib.sha256(notes.encode()).hexdigest()})[8:]
 
 
 # ---- unpacking
@@ -218,7 +209,7 @@ def _parts(path: Path) -> tuple[bytes, dict[str, _Part]]:
     try:
         notes = _notes(metadata)
         text, checksums, coded = notes["header"].encode(), notes["checksums"], set(notes["coded"])
-        specs, _ = parse_header(text)
+        specs, _ = tensors.parse_header(text)
         if not specs.keys() == found.keys() == checksums.keys() >= coded:
             raise ValueError("its tensors are not those that it tells of")
         layouts = {name: Layout.of(group, specs[name]) for name, group in notes["groups"].items()}
