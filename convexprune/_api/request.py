@@ -25,15 +25,8 @@ from convexprune._api.given import (
     team_size,
 )  # fmt: skip
 from convexprune._container.layouts import Size, imported
-from convexprune._device.machine import (
-    Clock,
-    check_threads,
-    default_device,
-    installation,
-    peak_memory,
-    processor,
-    versions,
-)
+from convexprune._device import machine
+from convexprune._device.machine import installation
 from convexprune._device.memory import use_gpu
 from convexprune._layerwise.allocation import WEIGHED
 from convexprune._layerwise.folder_store import FolderStore
@@ -70,8 +63,8 @@ class Request:
         require_read(recipe)
         self.layers = recipe.layer_settings(recipe.build_pruner(own), bound_rows=recipe.bound_rows)
         self.sources = Sources(texts.get("dataset", recipe.dataset), texts.get("evaluation"))
-        self.device = default_device(recipe.device)
-        check_threads(recipe.threads)
+        self.device = machine.default_device(recipe.device)
+        machine.check_threads(recipe.threads)
         self.sources.check()
         check_copies(call)
         self.call = call
@@ -102,7 +95,7 @@ class Request:
         self.size: Size | None = None  # of the exported file, if types are chosen for it, and the bytes it may have
         self.target = 0
         self.removal: AbstractRemoval | None = None
-        self.clock = Clock()
+        self.clock = machine.Clock()
         self.dense_states: list[Tensor] | None = None
 
     def what_needs_less(self) -> str:
@@ -272,7 +265,7 @@ class Request:
         return lambda report: step(f"{report.name}  error {report.relative_error:.1e}", report)
 
     def _end(self, report: Report) -> None:
-        report.seconds, report.memory = self.clock.laps, peak_memory(self.device, self.executor.spawns)
+        report.seconds, report.memory = self.clock.laps, machine.peak_memory(self.device, self.executor.spawns)
 
     def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
         """Measure perplexity, and for a pruned model the divergence from the dense model."""
@@ -286,10 +279,10 @@ class Request:
 
 
 def _environment(model: HuggingFaceModel) -> dict[str, Any]:
-    return versions() | {
+    return machine.versions() | {
         "machine": platform.machine(),
         "device": str(model.device),
         "dtype": str(model.model.dtype).removeprefix("torch."),
-        **processor(model.device),
+        **machine.processor(model.device),
         "loading": "layer by layer" if model.streams else f"whole: {model.whole_because}",
     }
