@@ -23,6 +23,9 @@ class Documents(NamedTuple):
         """Return all rows as one text, and whether the tokenizer is to begin it: a chat template begins its own."""
         if all(isinstance(row, str) for row in self.rows):
             return self.separator.join(self.rows), True
+        for row in self.rows:
+            if not is_conversation(row):
+                raise CalibrationError(f"{shown(str(row)[:60])} is no list of messages with role and content.")
         if tokenizer is None or not tokenizer.chat_template:
             raise CalibrationError(
                 "The data set holds conversations, and the tokenizer has no chat template. Take an instruct model, or "

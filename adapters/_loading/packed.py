@@ -11,6 +11,7 @@ from convexprune._container.file import contents, is_packed
 from convexprune._container.folder import holds_pack, source_files, unpack
 from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
+from convexprune._storage.files import named
 from convexprune.errors import ModelError
 from convexprune.recipe import make_recipe
 
@@ -67,7 +68,7 @@ def load(
 
 def _unpacked(source: str | Path, options: dict[str, Any], folder: Path, allow_changed: bool) -> dict[str, Any]:
     """Return the place for transformers: `folder` with the unpacked files, if the source is a pack."""
-    path = Path(source).expanduser()
+    path = named(source)
     if not (path.is_dir() and holds_pack(path)):
         place = place_at(source, allow_pickle=False)
         if "local_files_only" not in place:  # a folder or a file

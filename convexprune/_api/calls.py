@@ -111,6 +111,10 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
     given = {name: value for name, value in given.items() if not (name == "model" and value is None)}
     if recipe is not None:
         given = {name: value for name, value in given.items() if value is not UNSET}
+        if not isinstance(recipe, Recipe | str | Path):
+            raise RecipeError(
+                f"recipe is a {type(recipe).__name__}. Accepted: a Recipe, its file, or the folder of a run."
+            )
         gone = {other for name, others in EXCLUDES.items() if given.get(name) is not None for other in others}
         read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())
         given = {name: value for name, value in read.chosen.items() if name not in gone} | given

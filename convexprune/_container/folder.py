@@ -22,7 +22,16 @@ from convexprune._progress import begin
 from convexprune._progress.shown import visible
 from convexprune._runs.folder import BLOCKS, REPORT, RunFolder
 from convexprune._storage.failures import reading
-from convexprune._storage.files import PARTS, Stamp, copy_file, named, paths_in, refuse_foreign, require_unchanged
+from convexprune._storage.files import (
+    PARTS,
+    Stamp,
+    copy_file,
+    named,
+    paths_in,
+    read_json,
+    refuse_foreign,
+    require_unchanged,
+)
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, entries
 from convexprune.errors import ConvexpruneError, ModelError, OutputError
@@ -31,6 +40,7 @@ Convert = Callable[[Path, Path], None]
 """Writes what is made of the file at a path to another one."""
 
 logger = logging.getLogger(__name__)
+INDEX = "model.safetensors.index.json"
 ROOM, RATIO = 64 << 20, 400  # bytes; a pack of more per packed byte holds nearly nothing but zeros
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
@@ -207,10 +217,21 @@ def source_files(source: str | Path) -> tuple[Path, dict[Path, Stamp]]:
     return folder, stamps
 
 
+def weight_files(folder: Path, files: Iterable[Path]) -> list[Path]:
+    """Return the safetensors files of `files` that transformers reads, and none of a checkpoint in a folder inside."""
+    plain, whole, index = [path for path in files if path.suffix == SUFFIX], Path("model.safetensors"), Path(INDEX)
+    if whole in plain:
+        return [whole]
+    read = read_json(folder / index) if index in files else None
+    places = read.get("weight_map") if isinstance(read, dict) else None
+    shards = set(places.values()) if isinstance(places, dict) else set[str]()
+    return [path for path in plain if path.as_posix() in shards] or [path for path in plain if len(path.parts) == 1]
+
+
 def source_tensors(source: str | Path) -> tuple[Path, dict[Path, dict[str, Entry]]]:
     """Return the folder of a model, and the tensors of its files."""
     folder, files = source_files(source)
-    if not (tensors := {path: entries(folder / path)[0] for path in files if path.suffix == SUFFIX}):
+    if not (tensors := {path: entries(folder / path)[0] for path in weight_files(folder, files)}):
         raise ModelError(f"{folder} holds no safetensors file. Save the model as such first.")
     return folder, tensors
 

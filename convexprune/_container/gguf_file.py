@@ -13,8 +13,8 @@ import gguf
 import torch
 from torch import Tensor
 
-from convexprune._container.file import SUFFIX, is_packed
-from convexprune._container.folder import source_files, source_tensors
+from convexprune._container.file import is_packed
+from convexprune._container.folder import source_files, source_tensors, weight_files
 from convexprune._container.gguf_model import GGUFModel, write_tokenizer
 from convexprune._container.layouts import Size
 from convexprune._container.provenance import unchanged
@@ -95,7 +95,9 @@ def export(source: str | Path, output: str | Path, allow_changed: bool = False) 
     if target.exists():
         raise OutputError(f"{target} is there already. Give another name.")
     with unchanged(folder, allow_changed):
-        plain = {n: e for path in files if path.suffix == SUFFIX for n, e in entries(folder / path)[0].items()}
+        plain = {n: e for path in weight_files(folder, files) for n, e in entries(folder / path)[0].items()}
+        if not plain:
+            raise ModelError(f"{folder} holds no safetensors file. Save the model as such first.")
         model = GGUFModel(json.loads(read_text(folder / "config.json", LONGEST)), folder)
         run = RunFolder(folder)
         report = run.report() if run.is_finished else None
@@ -145,7 +147,10 @@ def _quantized(model: GGUFModel, folder: Path, report: Report) -> dict[Place, Qu
         if grid is None or "gguf" not in grid.layouts:
             continue
         if not isinstance(grid, Grid) and name not in blocks:
-            raise ModelError(f"{folder}: {BLOCKS} has no {name}. Copy or prune the model again.")
+            mend = (
+                "Copy or prune the model again" if blocks else "Prune to a folder: a result in memory keeps no blocks"
+            )
+            raise ModelError(f"{folder}: {BLOCKS} has no {name}. {mend}.")
         found = model.operator(name)
         for number, place in enumerate(found):
             quantized[place] = Quantized(grid, blocks.get(name), number, len(found))

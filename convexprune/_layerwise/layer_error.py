@@ -164,7 +164,15 @@ class LayerError:
 
     def _linearised(self, x: Values, i: int) -> tuple[Tensor, Callable[[Tensor], Values]]:
         """Return sqrt(w) (f(x) - y) of a batch, and the product of J' with such a tensor."""
-        found = vjp(lambda x: self._residual(x, i), x)
+        try:
+            found = vjp(lambda x: self._residual(x, i), x)
+        except RuntimeError as cause:
+            if "setup_context" not in str(cause):
+                raise
+            kind = type(self.module).__name__
+            raise ModelError(
+                f"{kind} has an autograd.Function that torch.func cannot differentiate. Leave refine out."
+            ) from cause
         return found[0], lambda outputs: found[1](outputs)[0]
 
     def _residual(self, x: Values, i: int) -> Tensor:

@@ -55,6 +55,8 @@ def test_without_a_template_they_are_refused_with_what_to_do(
     tiny_llama: HuggingFaceModel, chat: HuggingFaceModel, file: Path
 ):
     assert tiny_llama.tokenizer is not None
+    with pytest.raises(CalibrationError, match="is no list of messages with role and content"):
+        calibration_and_held_out([{"messages": [{"role": "user"}]}] * 60, chat, **ALL)
     for template, message in (
         (None, "no chat template"),
         (REFUSING, r"refuses the conversation .*roles must alternate"),

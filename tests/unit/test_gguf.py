@@ -1,6 +1,7 @@
 """A model as a GGUF file has the values of the folder for the library `gguf`, and its logits for llama.cpp."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -148,6 +149,35 @@ def test_whole_numbers_become_blocks_without_loss(settings: dict[str, Any], kind
     assert types["blk.0.attn_q.weight"] == kind and types["output.weight"] == "F32"
     assert torch.equal(there["blk.0.attn_q.weight"], here["model.layers.0.self_attn.q_proj.weight"])
     assert torch.equal(there["blk.0.attn_q.bias"], here["model.layers.0.self_attn.q_proj.bias"])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_checkpoints_inside_of_a_folder_are_not_the_model(sharded: bool, tmp_path: Path):
+    """A trainer leaves them there, and folders come in any order."""
+    source, other = built("qwen2", tmp_path / "dense"), built("qwen2", tmp_path / "other", torch.bfloat16)
+    if sharded:
+        AutoModelForCausalLM.from_pretrained(source).save_pretrained(source, max_shard_size="2MB")
+        (source / "model.safetensors").unlink()
+    before = {name: tensor.data.tobytes() for name, tensor in tensors_of(exported(source, tmp_path / "a.gguf"))}
+    for name in ("a-checkpoint", "z-checkpoint"):
+        shutil.copytree(other, source / name)
+    told = CliRunner().invoke(app, ["export", str(source), str(tmp_path / "b.gguf"), "--format", "gguf"]).output
+    assert {name: tensor.data.tobytes() for name, tensor in tensors_of(tmp_path / "b.gguf")} == before
+    assert float(re.findall(r"([\d.]+) bits a weight of all", told)[0]) > 32
+
+
+def tensors_of(path: Path) -> list[tuple[str, Any]]:
+    return [(tensor.name, tensor) for tensor in gguf.GGUFReader(path).tensors]
+
+
+def test_what_has_no_safetensors_or_no_blocks_is_refused(tmp_path: Path):
+    source = built("qwen2", tmp_path / "dense")
+    saved = convexprune.prune(source, **RUN, quantize="q8_0").save(tmp_path / "saved")
+    with pytest.raises(ModelError, match="Prune to a folder: a result in memory keeps no blocks"):
+        convexprune.export(saved, tmp_path / "model.gguf", "gguf")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="holds no safetensors file"):
+        convexprune.export(source, tmp_path / "model.gguf", "gguf")
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path, build):

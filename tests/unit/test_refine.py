@@ -24,7 +24,7 @@ from convexprune._rendering.facts import facts
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._discovery.operators import ParameterOperator, Place
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Unstructured
-from convexprune.errors import RecipeError
+from convexprune.errors import ModelError, RecipeError
 from convexprune.pruners import SparseGPT
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
@@ -180,6 +180,11 @@ def test_a_convex_step_is_least_squares_on_the_support(iterations: int):
 def test_a_variant_of_a_comparison_may_be_refined():
     (variant,) = make_variants(["sparsegpt:refine=half-layer"], [0.5], ["unstructured"], ["own"])
     assert variant.layer_settings().refinement == Refinement(True, "adam")
+
+
+def test_a_layer_without_derivatives_is_refused():
+    with pytest.raises(ModelError, match=r"BloomBlock has an autograd.Function.*Leave refine out"):
+        refined("bloom", HALF, "layer")
 
 
 def test_the_summary_says_what_it_brought(dense: Path):

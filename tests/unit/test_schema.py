@@ -168,6 +168,15 @@ def test_a_result_is_not_written_into_the_folder_of_the_model_that_a_recipe_name
         convexprune.prune(recipe=recipe, dataset=TOKENS % 500, output_dir=dense / "out")
 
 
+def test_what_is_no_recipe_or_no_path_is_refused():
+    for wrong in (5, {"model": "a"}):
+        with pytest.raises(errors.RecipeError, match="Accepted: a Recipe, its file, or the folder of a run"):
+            convexprune.prune(recipe=wrong)  # pyright: ignore[reportArgumentType]
+    for opened in (convexprune.load, convexprune.unpack):
+        with pytest.raises(errors.ModelError, match="A NoneType is no folder"):
+            opened(None, output_dir="x") if opened is convexprune.unpack else opened(None)
+
+
 def test_a_recipe_trusts_no_code(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text("model: a\ntrust_remote_code: true\n")
     with pytest.raises(errors.RecipeError, match="Unknown setting 'trust_remote_code'"):
