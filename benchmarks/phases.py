@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from convexprune._api import pruning
+from convexprune import adapters
 from convexprune._layerwise import context, pipeline, stages
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.statistics import CalibrationStatistics
@@ -24,7 +24,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(context, "observe"), (stages, "stage_inputs")],
     "Gram": [(CalibrationStatistics, "add")],
     "solve": [(pipeline, "run_steps")],
-    "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (pruning, "save_from_store")],
+    "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (adapters, "save_from_store")],
 }
 
 

@@ -244,7 +244,7 @@ def test_what_was_written_is_compared(folder: Callable[[str], Path], tmp_path: P
         seen.append(place)
         require_written(model, place, *rest)
 
-    monkeypatch.setattr("convexprune._api.pruning.require_written", judged)
+    monkeypatch.setattr("convexprune.adapters.require_written", judged)
     with pytest.raises(OutputError, match="has other values than it should have"):
         convexprune.prune(folder("opt"), **SMALL, output_dir=tmp_path / "out")
     assert seen

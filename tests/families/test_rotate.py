@@ -100,7 +100,7 @@ def test_a_failure_after_it_puts_everything_back(build: Callable[[str], Any], mo
 
     model = build("opt")
     before = state(model)
-    monkeypatch.setattr("convexprune._api.calls.find_permutation", failing)
+    monkeypatch.setattr("convexprune.adapters.find_permutation", failing)
     with pytest.raises(RuntimeError, match="planted"):
         convexprune.permute(model, rotate=True, **SMALL)
     assert equal(model, before)

@@ -119,7 +119,7 @@ def test_an_error_after_pruning_undoes_it_too_and_the_folder_can_be_gone_on_with
     model = build("llama")
     before = bits(model)
     with monkeypatch.context() as patch:
-        patch.setattr("convexprune._api.pruning.save_from_store", lambda *_: 1 / 0)
+        patch.setattr("convexprune.adapters.save_from_store", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convexprune.prune(model, output_dir=tmp_path / "out", **QUICK)
     assert same(model, before)
