@@ -168,6 +168,11 @@ def _missing_shard(path: Path) -> None:
     (path / "model-00002-of-00002.safetensors").unlink()
 
 
+def _inside(path: Path) -> None:
+    """A checkpoint in a folder, as a trainer leaves it."""
+    saved(lambda: llama(seed=1))(path / "z-checkpoint")
+
+
 def _with_index(content: str) -> Maker:
     def make(path: Path) -> None:
         _missing_shard(path)
@@ -239,6 +244,7 @@ MODELS: dict[str, Maker] = {
     "pickle": pickled(),
     "evil": pickled(Evil()),
     "lora": changed(_adapter),
+    "inside": changed(_inside),
     "link": changed(lambda path: (path / "notes.txt").symlink_to("/etc/passwd")),
     "missingshard": _missing_shard,
     "subfolders": shards(lambda number: f"shards/m{number}.safetensors"),

@@ -19,7 +19,7 @@ Each row is a script and can be tried again:
 A row is right if its answer is of a kind that it accepts and says what it should, in time. Messages are cut here to 160
 characters. Commands and calls work on tiny random models (`m/...`), texts (`t/...`) and finished runs
 (`r/...`); `...` in a command stands for `--dataset t/ok.txt --nsamples 4 --seqlen 32`. There is no hub within reach.
-The answers "before" are those of the same script at commit 68a8e2b.
+The answers "before" are those of the same script at commit 68a8e2b, or of rows named `four_` at 4d9cd68.
 
 """
 

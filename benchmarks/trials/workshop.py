@@ -107,6 +107,7 @@ TEXTS: dict[str, Maker] = {
     "ok.md": _file(lambda: words(OK)),
     "ok.json": _file(lambda: json.dumps({"text": words(OK)})),
     "ok.jsonl": _lines(*({"text": words(OK)} for _ in range(3))),
+    "bom.jsonl": _file(lambda: b"\xef\xbb\xbf" + json.dumps({"text": words(OK)}).encode()),
     "notext.jsonl": _lines({"words": "x"}),
     "broken.jsonl": _file(lambda: '{"text": "a"}\n{broken\n'),
     "nulltext.jsonl": _lines({"text": None}),
