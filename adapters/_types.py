@@ -18,11 +18,13 @@ from convexprune._progress import begin
 from convexprune.constraints import Constraint, Quantized, Unstructured, make_grid
 from convexprune.core import Moments
 from convexprune.core._allocation import choose
+from convexprune.errors import ModelError
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers import AbstractQuantizer
 from convexprune.quantizers._forecast import Forecast
 
 from ._allocating import GRADIENTS, WINDOWS
+from ._discovery.operators import ParameterOperator
 from ._gradients import Fisher, loss_fisher
 from ._huggingface import HuggingFaceModel
 
@@ -163,6 +165,10 @@ def alike(layers: Sequence[DecoderLayer]) -> list[list[str]]:
     for layer in layers:
         for group in layer.groups:
             names = [f"{layer.name}.{operator.name}" for operator in group.operators]
+            if any(
+                isinstance(operator, ParameterOperator) and operator.place.transposed for operator in group.operators
+            ):
+                raise ModelError(f"{names[0]} is no Linear module, and files take no other. Take bits, and pack.")
             if group.token_aligned:
                 groups.append(names)
             else:

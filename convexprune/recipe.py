@@ -134,7 +134,8 @@ class Recipe(
         if self.quantize is None:
             return support
         grid = make_grid(self.quantize, self.group_size)
-        if self.group_size != type(self).model_fields["group_size"].default and not isinstance(grid, Grouped):
+        is_read = isinstance(grid, Grouped) or isinstance(self.embedding_grid, Grouped)
+        if self.group_size != type(self).model_fields["group_size"].default and not is_read:
             raise RecipeError(
                 f"group_size={self.group_size} beside quantize={self.quantize!r}, whose groups are fixed. Leave "
                 "group_size out, or take int8 to int3, nf4 or fp4."

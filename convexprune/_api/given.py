@@ -219,7 +219,10 @@ def _copies(call: Call) -> Path | None:
 
 def require_read(recipe: Recipe) -> None:
     """Refuse settings of a quantization without a quantization: nothing would read the settings."""
-    for name, readers in {"group_size": ("quantize",), "quantizer": ("quantize", "bits")}.items():
+    for name, readers in {
+        "group_size": ("quantize", "embedding"),
+        "quantizer": ("quantize", "bits", "embedding"),
+    }.items():
         given, read = getattr(recipe, name), any(getattr(recipe, reader) is not None for reader in readers)
         if not read and given != Recipe.model_fields[name].default:
             raise RecipeError(

@@ -166,7 +166,10 @@ class Request:
             report.left_alone.pop(name, None)
         if "evaluation" in windows and names:
             end = "the perplexity here is with embedding and head as they were. For that of all: convexprune eval"
-            self._warn(report, f"{' and '.join(names)} are quantized too, and {end} {self.call.output_dir}")
+            self._warn(
+                report,
+                f"{' and '.join(names)} {'are' if names[1:] else 'is'} quantized too, and {end} {self.call.output_dir}",
+            )
 
     def _choose_types(self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore) -> None:
         """Choose the type of every operator, and of embedding and head, which are quantized now."""

@@ -17,7 +17,11 @@ BAD = {
     "pattern against sparsity": ({"pattern": "1:4", "sparsity": 0.5}, errors.PatternError, "has sparsity 0.75"),
     "pattern width": ({"pattern": "3:7"}, errors.PatternError, r"q_proj: .*no multiple of 7"),
     "group size of nothing": ({"group_size": 32}, errors.RecipeError, "group_size=32 belongs to quantize"),
-    "quantizer of nothing": ({"quantizer": "gptq"}, errors.RecipeError, "'gptq' belongs to quantize or bits"),
+    "quantizer of nothing": (
+        {"quantizer": "gptq"},
+        errors.RecipeError,
+        "'gptq' belongs to quantize or bits or embedding",
+    ),
     "rule that removes": (
         {"rules": [{"targets": ["o_proj"], "pattern": "heads"}]},
         errors.RecipeError,

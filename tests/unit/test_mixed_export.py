@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_gguf import RUN, built, exported, quantized
+from tiny_families import build_family
 from transformers import AutoModelForCausalLM
 
 import convexprune
+from convexprune._api.calls import plan
 from convexprune._container.layouts import stored_names
 from convexprune.constraints import Grid
-from convexprune.errors import PatternError, RecipeError
+from convexprune.errors import ModelError, PatternError, RecipeError
+from convexprune.validation import advise
 
 MIXED: dict[str, Any] = {"quantize": "compressed-tensors", "sparsity": None}
 
@@ -48,6 +51,13 @@ def test_a_folder_has_the_bytes_that_were_asked_for_or_few_less(family: str, tmp
     assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
 
 
+def test_modules_that_no_file_takes_are_refused_before_any_work(tmp_path: Path):
+    build_family("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ModelError, match="is no Linear module"):
+        plan(model=tmp_path / "gpt2", output_dir=tmp_path / "none", **RUN | MIXED | {"bits": 16})
+    assert any("is no Linear module" in note for note in advise(tmp_path / "gpt2", bits=4).notes)
+
+
 def test_a_folder_that_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
     source = built("llama", tmp_path / "dense", torch.bfloat16)
     both = {"target": "1MB", "bits": 4}
@@ -67,6 +77,9 @@ def test_embedding_and_head_are_on_a_grid_too(family: str, tmp_path: Path):
     source = built(family, tmp_path / "dense", torch.bfloat16)
     plain = convexprune.pack(quantized(source, tmp_path / "plain", quantize="int4"), tmp_path / "plain.pack")
     run = quantized(source, tmp_path / "run", quantize="int4", embedding="int8")
+    for grid in (None, "q5_0"):  # the embedding alone has groups
+        asked: dict[str, Any] = {"quantize": grid, "embedding": "int8", "group_size": -1, "sparsity": 0.5}
+        plan(model=source, output_dir=tmp_path / "none", **RUN | asked)
     stored = load_file(run / "model.safetensors")
     ends = ["model.embed_tokens", "lm_head"][: 2 if family == "qwen2" else 1]
     assert [*convexprune.Report.from_json((run / "report.json").read_text()).ends] == ends
