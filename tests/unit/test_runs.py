@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import convexprune
-from convexprune import errors
-from convexprune._api import pruning, request
+from convexprune import adapters, errors
+from convexprune._api import request
 from convexprune._device import machine
 from convexprune._layerwise import pipeline
 from convexprune._layerwise.folder_store import FolderStore
@@ -87,7 +87,7 @@ def test_one_named_gpu_is_one_worker():
 
 def test_what_was_streamed_is_read_as_it_was_opened(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = list[bool]()
-    for room, name in ((request, "load"), (pruning, "load_packed")):
+    for room, name in ((request, "load"), (adapters, "load_packed")):
         real = getattr(room, name)
 
         def heard(*a: Any, real: Callable[..., Any] = real, **b: Any) -> Any:
