@@ -8,7 +8,13 @@ from torch import Tensor
 
 from convexprune._layerwise.settings import LayerSettings
 from convexprune.constraints import Constraint
-from convexprune.core._allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
+from convexprune.core._allocation import (
+    Curve,
+    allocate,
+    allocate_by_outliers,
+    allocate_by_skewness,
+    cheapest_points,
+)
 from convexprune.errors import RecipeError, unknown
 
 RULES = ("uniform", "columns", "rows", "curve", "half-curve", "owl", "skewness")
@@ -124,9 +130,11 @@ def allocate_by_rule(
         ]
         if pattern.sparsity != pattern.share:  # an error that is four times as large for each bit that is saved
             curves = [curve.refined(FINE) for curve in curves]
-        found = allocate(curves, pattern.share, whole=not pattern.continuous)
+        found = allocate(curves, pattern.share)
         step = 1.0 if rule == "curve" else 0.5
         shares = [pattern.share + step * (share - pattern.share) for share in found.sparsities]
+        if not pattern.continuous:
+            shares = cheapest_points(curves, pattern.share)
         cost = sum(curve.envelope.cost(share) for curve, share in zip(curves, shares, strict=True))
         gap = max(0.0, cost - (found.cost - found.gap))
     else:

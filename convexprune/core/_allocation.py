@@ -67,7 +67,7 @@ class SparsityAllocation:
     gap: float  # cost - gap is a lower bound for any allocation
 
 
-def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> SparsityAllocation:
+def allocate(curves: Sequence[Curve], sparsity: float) -> SparsityAllocation:
     """Return the cheapest allocation of a sparsity to units: the exact solution of a convex problem.
 
         min sum_u c_u(s_u) subject to sum_u size_u s_u = sparsity sum_u size_u
@@ -77,9 +77,6 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> S
     gives the gap:
 
         min >= sum_u min_s (c_u(s) - l size_u s) + l zeros
-
-    With `whole` every unit is at a corner of its envelope (for N:M patterns); the sparsity is then at least the
-    requested sparsity, and the gap is measured there.
     """
     envelopes = [curve.envelope for curve in curves]
     found = [curve.sparsities[0] for curve in envelopes]
@@ -99,7 +96,7 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> S
             break
         curve, multiplier = envelopes[u], slope
         room = curve.size * (curve.sparsities[i + 1] - curve.sparsities[i])
-        found[u] = curve.sparsities[i + 1] if whole or room <= missing else found[u] + missing / curve.size
+        found[u] = curve.sparsities[i + 1] if room <= missing else found[u] + missing / curve.size
         missing -= room
     zeros = sum(c.size * s for c, s in zip(envelopes, found, strict=True))
     cost = sum(c.cost(s) for c, s in zip(envelopes, found, strict=True))
@@ -133,6 +130,13 @@ def choose(units: Sequence[Sequence[Option]], budget: int) -> tuple[list[int], f
         if left >= 0:  # the solver's sums are floating point
             return _filled(units, chosen, left), found.mip_dual_bound * scale
         limit += left
+
+
+def cheapest_points(curves: Sequence[Curve], sparsity: float) -> list[float]:
+    """Return a point of every curve: the cheapest with a `sparsity` of the whole, or the least above (for N:M)."""
+    units = [[(round(c.size * (1 - s)), cost) for s, cost in zip(c.sparsities, c.costs, strict=True)] for c in curves]
+    chosen, _ = choose(units, round(sum(c.size for c in curves) * (1 - sparsity)))
+    return [curve.sparsities[k] for curve, k in zip(curves, chosen, strict=True)]
 
 
 def _filled(units: Sequence[Sequence[Option]], chosen: list[int], left: int) -> list[int]:

@@ -1,5 +1,7 @@
 """The allocation is the optimum of a linear program, and its gap proves it."""
 
+from collections.abc import Sequence
+from itertools import product
 from math import log
 from typing import Any
 
@@ -8,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convexprune.core._allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
+from convexprune.core._allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness, cheapest_points
 from convexprune.errors import PatternError
 
 GRID = (0.3, 0.4, 0.5, 0.6, 0.7)
+EIGHTHS = (0.25, 0.375, 0.5, 0.625, 0.75)  # zeros of 6:8 to 2:8
 costs = st.lists(st.floats(0, 10), min_size=5, max_size=5).map(lambda c: tuple(sorted(c)))
 curves = st.lists(st.builds(lambda size, c: Curve(size, GRID, c), st.integers(1, 1000), costs), min_size=1, max_size=6)
 
@@ -37,13 +40,24 @@ def test_it_is_the_optimum_of_the_linear_program(units: list[Curve], sparsity: f
     assert sum(c.size * s for c, s in zip(units, found.sparsities, strict=True)) == pytest.approx(sparsity * total)
 
 
-@given(curves, st.floats(0.31, 0.69))
-def test_whole_pieces_end_at_points_and_the_gap_is_true(units: list[Curve], sparsity: float):
-    found = allocate(units, sparsity, whole=True)
-    total = sum(c.size for c in units)
-    share = sum(c.size * s for c, s in zip(units, found.sparsities, strict=True)) / total
-    assert set(found.sparsities) <= set(GRID) and share >= sparsity - 1e-8
-    assert found.cost - found.gap <= oracle(units, min(share, 0.7)) + 1e-5
+few = st.lists(st.builds(lambda size, c: Curve(8 * size, EIGHTHS, c), st.integers(1, 4), costs), min_size=2, max_size=4)
+
+
+@given(few, st.sampled_from(EIGHTHS[1:-1]))
+def test_points_are_the_cheapest_of_all_with_the_zeros(units: list[Curve], sparsity: float):
+    """Slow twin: every choice of points."""
+
+    def zeros(points: Sequence[float]) -> float:
+        return sum(c.size * p for c, p in zip(units, points, strict=True))
+
+    def cost(points: Sequence[float]) -> float:
+        return sum(c.costs[EIGHTHS.index(p)] for c, p in zip(units, points, strict=True))
+
+    found = cheapest_points(units, sparsity)
+    enough = [
+        points for points in product(EIGHTHS, repeat=len(units)) if zeros(points) >= zeros([sparsity] * len(units))
+    ]
+    assert tuple(found) in enough and cost(found) == pytest.approx(min(map(cost, enough)), rel=2e-4, abs=1e-5)
 
 
 @given(costs)
