@@ -3,24 +3,37 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from math import ceil
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from convexprune._layerwise.allocation import SURVEYED, WEIGHED, ModelAllocation, allocate_by_rule, candidates
+from convexprune._layerwise.allocation import (
+    SURVEYED,
+    WEIGHED,
+    ModelAllocation,
+    allocate_by_rule,
+    candidates,
+    further,
+    measured,
+)
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import Call, DecoderLayer
 from convexprune._layerwise.settings import LayerSettings, TokenWeighting, loss_weights, sink_weights
 from convexprune._layerwise.steps.survey import survey
+from convexprune._layerwise.steps.trials import PRUNED, Trials
+from convexprune._progress import begin
 
+from ._data.likelihood import likelihoods
 from ._discovery.probing import ProbedModel, of_each_kind
 from ._gradients import loss_fisher
 from ._huggingface import HuggingFaceModel
 
 WINDOWS = 16  # of the calibration text are enough for the shape of a curve (lab/tried.md)
 GRADIENTS = 4  # of those are enough for its weight, and for those of rows; they cost four passes of the model
+MEASURED = 2048  # tokens that predictions are compared on
 CHOOSING = 32768  # tokens that choose whole columns: with a quarter of them, the choice fits other texts less
 
 
@@ -66,14 +79,40 @@ def allocate_each(
         windows = every[: gradient_windows(weighed.pop(), length)]
         outputs = loss_fisher(model, windows, batch_size, record).outputs
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
+    last = max(1, MEASURED // (batch_size * length))
+    trials = {
+        settings.pattern: Trials(settings.pattern, further(settings.pattern), last)
+        for rule, settings in asked
+        if rule == "measured"
+    }
     is_surveyed, count = not rules <= {"uniform", "columns", "rows"}, len(validation_batches)
-    units = survey(model, batches, count, patterns, outputs, record=record) if is_surveyed else ()
+    units = (
+        survey(model, batches, count, patterns, outputs, record=record, trials=[*trials.values()])
+        if is_surveyed
+        else []
+    )
+    units_of = {
+        pattern: measured(units, pattern, _added(model, batches[-last:], trial)) for pattern, trial in trials.items()
+    }
     return [
         ModelAllocation({}, columns={key[0]: _rounded(needs[key]) for key in _blocks(model, settings)})
         if rule == "columns"
-        else allocate_by_rule(units, rule, settings.pattern, outputs)
+        else allocate_by_rule(
+            units_of[settings.pattern] if rule == "measured" else units, rule, settings.pattern, outputs
+        )
         for rule, settings in asked
     ]
+
+
+def _added(model: HuggingFaceModel, batches: Sequence[Tensor], trial: Trials) -> dict[str, float]:
+    """Return the divergence that the step of every operator adds to that of the pruned network, in nats."""
+    found = dict[str, float]()
+    step = begin("measuring operators", len(trial.states))
+    for name, states in trial.states.items():  # one by one: all logits together are large
+        found[name] = fmean(likelihoods(model, batches, trial.dense, {name: states})[name].kl)
+        step(f"{name}: {found[name]:.4f} nats from dense")
+    pruned = found.pop(PRUNED)
+    return {name: divergence - pruned for name, divergence in found.items()}
 
 
 def _blocks(model: HuggingFaceModel, settings: LayerSettings) -> Iterator[tuple[str, int]]:

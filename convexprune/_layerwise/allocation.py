@@ -17,9 +17,9 @@ from convexprune.core._allocation import (
 )
 from convexprune.errors import RecipeError, unknown
 
-RULES = ("uniform", "columns", "rows", "curve", "half-curve", "owl", "skewness")
-WEIGHED = RULES[1:5]  # those that need gradients
-SURVEYED = RULES[3:5]  # those that prune for it
+RULES = ("uniform", "columns", "rows", "curve", "half-curve", "measured", "owl", "skewness")
+WEIGHED = RULES[1:6]  # those that need gradients
+SURVEYED = RULES[3:6]  # those that prune for it
 REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
 FINE = 20  # points of a curve between two that were surveyed, where any share can be had
 LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves nothing on these tokens may on others
@@ -65,6 +65,31 @@ def candidates(pattern: Constraint) -> list[Constraint]:
     return pattern.ladder(REACH, STEP)
 
 
+def further(pattern: Constraint) -> Constraint:
+    """Return the next sparser candidate, or the next denser one of the sparsest."""
+    ladder = candidates(pattern)
+    number = ladder.index(pattern)
+    return ladder[number + 1 if number + 1 < len(ladder) else number - 1]
+
+
+def measured(units: Sequence[Unit], pattern: Constraint, added: Mapping[str, float]) -> list[Unit]:
+    """Return units whose costs follow the divergence `added` by a step to the `further` pattern, by operator.
+
+    A unit's costs are multiplied by the root of measured over predicted, relative to the whole model: half of the way,
+    because the divergence is that of few windows (lab/tried.md).
+    """
+    predicted = {unit.name: unit.costs[further(pattern)] - unit.costs[pattern] for unit in units}
+    scale = sum(added.values()) / (sum(predicted.values()) or 1.0)
+    factors = {name: added[name] / (scale * cost) if scale * cost else 1.0 for name, cost in predicted.items()}
+    return [
+        replace(
+            unit,
+            costs={p: cost * min(max(factors[unit.name], LEAST), 1 / LEAST) ** 0.5 for p, cost in unit.costs.items()},
+        )
+        for unit in units
+    ]
+
+
 def row_weights(fisher: Tensor) -> Tensor:
     """Return the weights [m] of rows in their competition: sqrt(f_i / mean f), with f_i = mean (d loss / d y_i)^2.
 
@@ -84,9 +109,15 @@ def check_rule(rule: str, pattern: Constraint) -> None:
             f"Allocation 'columns' chooses whole columns by how much they move the loss, and pattern {pattern} has "
             "none to choose. Accepted: the patterns 'channels', 'heads' and 'columns'."
         )
-    if rule not in ("uniform", "columns", "curve") and not pattern.continuous:
+    if rule == "measured" and (pattern.continuous or len(candidates(pattern)) < 2):
         raise RecipeError(
-            f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
+            f"Allocation 'measured' chooses an N of N:M for every operator, and {pattern} has no other N. Accepted: "
+            "patterns like 4:8 and 2:4; else take 'half-curve' or 'uniform'."
+        )
+    if rule not in ("uniform", "columns", "curve", "measured") and not pattern.continuous:
+        raise RecipeError(
+            f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform', 'curve' and "
+            "'measured'."
         )
     if rule not in ("uniform", "columns", "rows") and pattern.removes:
         raise RecipeError(
@@ -110,7 +141,8 @@ def allocate_by_rule(
     "rows" requests an equal share of every operator, whose rows compete by `row_weights` of `fisher` (the f_i [m] of
     `survey`); rows compete in the same way under the next two rules. "curve" minimises the surveyed costs
     (`core._allocation`); "half-curve" goes half of the way from uniform shares, because the costs are of a single
-    text and count the errors of operators as independent (lab/benchmarks.md). "owl" (arXiv 2310.05175) gives a layer
+    text and count the errors of operators as independent (lab/benchmarks.md); "measured" is "curve" for units that are
+    `measured`. "owl" (arXiv 2310.05175) gives a layer
     with more outlying scores less sparsity, "skewness" a layer with more skewed weights: AutoPrune's allocation
     (arXiv 2511.15390) as far as it could be reconstructed.
     """
@@ -131,7 +163,7 @@ def allocate_by_rule(
         if pattern.sparsity != pattern.share:  # an error that is four times as large for each bit that is saved
             curves = [curve.refined(FINE) for curve in curves]
         found = allocate(curves, pattern.share)
-        step = 1.0 if rule == "curve" else 0.5
+        step = 0.5 if rule == "half-curve" else 1.0
         shares = [pattern.share + step * (share - pattern.share) for share in found.sparsities]
         if not pattern.continuous:
             shares = cheapest_points(curves, pattern.share)

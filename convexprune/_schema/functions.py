@@ -35,8 +35,8 @@ class Compare(Settings):
     )
     allocations: Annotated[tuple[str, ...], LISTED] = setting(
         ("own",),
-        "own (what prune takes if it is left out), or one for all: uniform, columns, rows, curve, half-curve, owl, "
-        "skewness.",
+        "own (what prune takes if it is left out), or one for all: uniform, columns, rows, curve, half-curve, "
+        "measured, owl, skewness.",
         "--allocation",
     )
     quota: str = setting(

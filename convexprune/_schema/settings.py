@@ -133,9 +133,10 @@ class TargetSettings(Settings):
         "How the zeros, or the bits, are spread. uniform: the same share in each operator. rows: that too, but its "
         "rows compete for it by how much they move the loss. columns: so do whole columns, which the method then does "
         "not choose. curve: shares of least predicted loss, after a survey (some five times SparseGPT); half-curve, "
-        "half of the way. owl, skewness: by the scores of each decoder layer. N:M takes uniform, curve. Left out: "
-        "for convex and admm rows if unstructured, quota matrix; columns for channels, curve for bits; else uniform.",
-        choices=("uniform", "columns", "rows", "curve", "half-curve", "owl", "skewness"),
+        "half of the way. measured, for N:M: curve with costs corrected by the divergence of the pruned model. owl, "
+        "skewness: by the scores of each decoder layer. N:M takes uniform, curve, measured. Left out: for convex and "
+        "admm rows if unstructured, quota matrix; columns for channels, curve for bits; else uniform.",
+        choices=("uniform", "columns", "rows", "curve", "half-curve", "measured", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(
         ("Linear",), "Operators to prune: a name, its end, re:REGEX, or Linear for all; repeat it for more."

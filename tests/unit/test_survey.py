@@ -144,7 +144,10 @@ def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path
 def test_what_cannot_be_allocated_is_refused():
     with pytest.raises(RecipeError, match="needs pattern unstructured"):
         make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owl"])
-    with pytest.raises(RecipeError, match="for N:M there are 'uniform' and 'curve'"):
+    for pattern in ("unstructured", "1:2", "channels"):
+        with pytest.raises(RecipeError, match="chooses an N of N:M for every operator"):
+            make_variants(["wanda"], [0.5], [pattern], ["own"], allocations=["measured"])
+    with pytest.raises(RecipeError, match="for N:M there are 'uniform', 'curve' and 'measured'"):
         make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["half-curve"])
     with pytest.raises(RecipeError, match="Did you mean 'owl'"):
         make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owls"])
