@@ -34,6 +34,7 @@ from ._huggingface import HuggingFaceModel
 WINDOWS = 16  # of the calibration text are enough for the shape of a curve (lab/tried.md)
 GRADIENTS = 4  # of those are enough for its weight, and for those of rows; they cost four passes of the model
 MEASURED = 2048  # tokens that predictions are compared on
+TOGETHER = 8  # networks whose logits are in memory at once
 CHOOSING = 32768  # tokens that choose whole columns: with a quarter of them, the choice fits other texts less
 
 
@@ -106,11 +107,14 @@ def allocate_each(
 
 def _added(model: HuggingFaceModel, batches: Sequence[Tensor], trial: Trials) -> dict[str, float]:
     """Return the divergence that the step of every operator adds to that of the pruned network, in nats."""
-    found = dict[str, float]()
-    step = begin("measuring operators", len(trial.states))
-    for name, states in trial.states.items():  # one by one: all logits together are large
-        found[name] = fmean(likelihoods(model, batches, trial.dense, {name: states})[name].kl)
-        step(f"{name}: {found[name]:.4f} nats from dense")
+    found, names = dict[str, float](), [*trial.states]
+    step = begin("measuring operators", len(names))
+    for first in range(0, len(names), TOGETHER):
+        part = names[first : first + TOGETHER]
+        each = likelihoods(model, batches, trial.dense, {name: trial.states[name] for name in part})
+        for name in part:
+            found[name] = fmean(each[name].kl)
+            step(f"{name}: {found[name]:.4f} nats from dense")
     pruned = found.pop(PRUNED)
     return {name: divergence - pruned for name, divergence in found.items()}
 
