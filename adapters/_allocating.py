@@ -93,7 +93,8 @@ def allocate_each(
         else []
     )
     units_of = {
-        pattern: measured(units, pattern, _added(model, batches[-last:], trial)) for pattern, trial in trials.items()
+        pattern: measured(units, pattern, added_divergences(model, batches[-last:], trial))
+        for pattern, trial in trials.items()
     }
     return [
         ModelAllocation({}, columns={key[0]: _rounded(needs[key]) for key in _blocks(model, settings)})
@@ -105,7 +106,7 @@ def allocate_each(
     ]
 
 
-def _added(model: HuggingFaceModel, batches: Sequence[Tensor], trial: Trials) -> dict[str, float]:
+def added_divergences(model: HuggingFaceModel, batches: Sequence[Tensor], trial: Trials) -> dict[str, float]:
     """Return the divergence that the step of every operator adds to that of the pruned network, in nats."""
     found, names = dict[str, float](), [*trial.states]
     step = begin("measuring operators", len(names))

@@ -12,7 +12,7 @@ from convexprune._layerwise.allocation import Unit, further, measured
 from convexprune._layerwise.steps.survey import survey
 from convexprune._layerwise.steps.trials import PRUNED, Trials
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._allocating import _added
+from convexprune.adapters._allocating import added_divergences
 from convexprune.constraints import SemiStructured
 from convexprune.pruners import Magnitude
 
@@ -29,7 +29,7 @@ def test_a_trial_is_the_divergence_of_a_whole_network(tiny_llama: HuggingFaceMod
     trial = Trials(TWO_OF_FOUR, further(TWO_OF_FOUR), 2)
     survey(tiny_llama, TOKENS.split(1), 1, [TWO_OF_FOUR, ONE_OF_FOUR], ones, Magnitude(), trials=[trial])
     assert all(torch.equal(p, before[name]) for name, p in tiny_llama.model.named_parameters())
-    added = _added(tiny_llama, TOKENS[3:].split(1), trial)
+    added = added_divergences(tiny_llama, TOKENS[3:].split(1), trial)
 
     def divergence(step: str | None) -> float:
         model = deepcopy(tiny_llama.model)
