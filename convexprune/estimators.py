@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -171,7 +170,7 @@ class _CV(_Linear):
         return self._finish(solve(best, self.solver, tolerance=self.tol))
 
     def _alphas(self, quadratic: Quadratic, penalty: AbstractPenalty) -> np.ndarray:
-        is_count = isinstance(self.alphas, Integral) and self.alphas > 0
+        is_count = isinstance(self.alphas, int | np.integer) and self.alphas > 0
         if not ((is_count and 0 < self.eps < 1) or (np.ndim(self.alphas) and np.size(self.alphas))):
             accepted = "a number of alphas, with eps in (0, 1), or a list of alphas"
             raise ProblemError(f"alphas={self.alphas!r}, eps={self.eps!r}. Accepted: {accepted}.")

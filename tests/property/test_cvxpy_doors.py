@@ -1,5 +1,7 @@
 """Problems of CVXPY come in where the form is known, and go out again: the least value is the same."""
 
+from typing import Any
+
 import cvxpy as cp
 import numpy as np
 import pytest
@@ -103,9 +105,10 @@ def test_another_form_is_refused_by_its_name(match, objective, constraints):
 
 def test_what_is_no_problem_or_has_no_numbers_is_refused():
     parameter, x = cp.Parameter(nonneg=True, name="a"), vector()
+    wrong_kind: Any = flat(x)
     for wrong, match in (
-        (lambda: from_cvxpy(flat(x)), r"Accepted: an object of cvxpy\.Problem"),
-        (lambda: to_cvxpy(flat(x)), r"Accepted: an object of convexprune\.Problem"),
+        (lambda: from_cvxpy(wrong_kind), r"Accepted: an object of cvxpy\.Problem"),
+        (lambda: to_cvxpy(wrong_kind), r"Accepted: an object of convexprune\.Problem"),
         (lambda: from_cvxpy(cp.Problem(cp.Minimize(flat(x) + parameter * cp.norm1(x)))), "without a value: a"),
     ):
         with pytest.raises(ProblemError, match=match):

@@ -53,8 +53,9 @@ def test_a_folder_has_the_bytes_that_were_asked_for_or_few_less(family: str, tmp
 
 def test_modules_that_no_file_takes_are_refused_before_any_work(tmp_path: Path):
     build_family("gpt2").save_pretrained(tmp_path / "gpt2")
+    asked: dict[str, Any] = RUN | MIXED | {"bits": 16}
     with pytest.raises(ModelError, match="is no Linear module"):
-        plan(model=tmp_path / "gpt2", output_dir=tmp_path / "none", **RUN | MIXED | {"bits": 16})
+        plan(model=tmp_path / "gpt2", output_dir=tmp_path / "none", **asked)
     assert any("is no Linear module" in note for note in advise(tmp_path / "gpt2", bits=4).notes)
 
 

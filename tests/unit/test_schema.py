@@ -172,9 +172,8 @@ def test_what_is_no_recipe_or_no_path_is_refused():
     for wrong in (5, {"model": "a"}):
         with pytest.raises(errors.RecipeError, match="Accepted: a Recipe, its file, or the folder of a run"):
             convexprune.prune(recipe=wrong)  # pyright: ignore[reportArgumentType]
-    for opened in (convexprune.load, convexprune.unpack):
-        with pytest.raises(errors.ModelError, match="A NoneType is no folder"):
-            opened(None, output_dir="x") if opened is convexprune.unpack else opened(None)
+    with pytest.raises(errors.ModelError, match="A NoneType is no folder"):
+        convexprune.load(None)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_recipe_trusts_no_code(tmp_path: Path):
