@@ -5,7 +5,6 @@ from convexprune._schema.settings import BUNDLED
 
 from ._allocating import allocate, allocate_each, token_weights
 from ._channels.permuting import Permutation, Permuted, find_permutation
-from ._channels.rotating import rotated
 from ._checkpoints.admission import refuse_headless
 from ._checkpoints.model_folder import local_folder, refuse_packed, said_of_base
 from ._checkpoints.reading import given_tokenizer

@@ -139,13 +139,13 @@ def changed_inputs(
 ) -> Tensor:
     """Return the mask [inputs] of a group's inputs that change if the `chosen` [channels] of the axes are doubled."""
     before = _inputs(layer, group, call, hidden)
-    with doubled(layer.module, axes, chosen):
+    with _doubled(layer.module, axes, chosen):
         after = _inputs(layer, group, call, hidden)
     return (before != after).flatten(0, -2).any(0).cpu()
 
 
 @contextmanager
-def doubled(module: nn.Module, axes: Sequence[Axis], chosen: Tensor) -> Iterator[None]:
+def _doubled(module: nn.Module, axes: Sequence[Axis], chosen: Tensor) -> Iterator[None]:
     """Double the chosen entries during a context: exactly, in any dtype."""
     held = [axis.of(module.get_parameter(axis.parameter)) for axis in axes]
     kept = [parameter.clone() for parameter in held]

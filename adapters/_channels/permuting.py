@@ -42,15 +42,6 @@ class Permuted:
         return _kind(self.channels.name)
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """The number of rotated channels, and the mean share of an operator's outputs that N:M removes in them."""
-
-    size: int
-    before: float
-    after: float
-
-
 @dataclass(repr=False)
 class Permutation:
     """Every set of channels with its order, and channels that stay in place: `left` has the reasons by name.
@@ -61,7 +52,6 @@ class Permutation:
     pattern: str
     permuted: list[Permuted] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
-    rotation: Rotation | None = None  # of the hidden states, before their order
 
     def __repr__(self) -> str:
         return f"Permutation(for {self.pattern}: {len(self.permuted)} sets of channels; {len(self.left)} left)"
@@ -87,7 +77,8 @@ def find_permutation(
     a time. The model is tried in the new order on a few tokens, and a set that changes the function stays in place. The
     model is not changed.
     """
-    refuse_offloaded(model)
+    if not model.streams and any(parameter.is_meta for parameter in model.model.parameters()):
+        raise ModelError(f"{model.name} is offloaded: permute its folder (output_dir=), or load it on one device.")
     done = Permutation(str(pattern))
     inner, hidden = _fitting(inner_channels(model), pattern, done), list[Channels]()
     try:
@@ -115,11 +106,6 @@ def find_permutation(
     return done
 
 
-def refuse_offloaded(model: HuggingFaceModel) -> None:
-    if not model.streams and any(parameter.is_meta for parameter in model.model.parameters()):
-        raise ModelError(f"{model.name} is offloaded: permute its folder (output_dir=), or load it on one device.")
-
-
 def _found(
     model: HuggingFaceModel,
     batches: Sequence[Tensor],
@@ -128,13 +114,13 @@ def _found(
     find: Callable[[Channels, Tensor], Permuted],
 ) -> tuple[list[Permuted], list[Permuted]]:
     """Return the results of `find` for the sets inside layers and for the sets through all layers, in a single pass."""
-    found, parts, every = list[Permuted](), list[Tensor](), stride(model.model, hidden)
+    found, parts, stride = list[Permuted](), list[Tensor](), _stride(model.model, hidden)
 
     def step(context: LayerContext) -> None:
         scores, name = _propagate_and_score(context), context.layer.name
         mine = [one for one in inner if one.name.startswith(f"{name}.")]
-        found.extend(find(one, scores(one, stride(model.model, [one]))) for one in mine)
-        parts.extend(scores(one.within([name]), every) for one in hidden)
+        found.extend(find(one, scores(one, _stride(model.model, [one]))) for one in mine)
+        parts.extend(scores(one.within([name]), stride) for one in hidden)
 
     LayerWalk(model, batches, MemoryStore(range(len(model.layers)))).run(step)
     return found, [find(one, torch.cat(parts)) for one in hidden]
@@ -164,7 +150,7 @@ def _fitting(sets: Sequence[Channels], pattern: Constraint, done: Permutation) -
     return [one for one in sets if one not in odd]
 
 
-def stride(model: nn.Module, sets: Sequence[Channels]) -> int:
+def _stride(model: nn.Module, sets: Sequence[Channels]) -> int:
     """Return the stride of rows that leaves about `ROWS` of all that read the channels."""
     axes = [axis for one in sets for axis in one.consumers]
     rows = sum(axis.of(model.get_parameter(axis.parameter)).shape[1 - axis.dim] for axis in axes)

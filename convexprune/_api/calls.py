@@ -1,6 +1,6 @@
 """The public functions `prune`, `plan`, `permute` and `export`."""
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -143,7 +143,6 @@ def permute(
     Yu, NeurIPS 2021). Experiments on the model find such sets, and the result is tried. Prune the permuted model as
     usual. Adapters (LoRA) trained on the former order do not fit. A loaded model is changed in place; with `output_dir`
     the model is never whole in memory, if its checkpoint allows streaming, and `permutation.json` holds every order.
-    With `rotate` the hidden states are rotated first, by a model that is whole in memory.
 
     Args:
         settings: by name:
@@ -183,16 +182,14 @@ def permute(
             return permuted.model
 
     begin("loading the model")
-    with opened(source, stream=folder is not None and not call.rotate).lent() as loaded, ExitStack() as kept:
+    with opened(source, stream=folder is not None).lent() as loaded:
         adapters.refuse_headless(loaded.model, {"permute": ""})
         check_patterns(loaded.layers, recipe.layer_settings())  # what `prune` refuses afterwards
         # To sample text a model has to be whole.
         sampler = opened(source) if loaded.streams and adapters.needs_sampling(dataset) else loaded
         tokens, _ = adapters.recipe_windows(dataset, sampler, recipe)
         del sampler
-        given = (loaded, tokens, order_of, recipe.batch_size, recipe.seed)
-        rotation = kept.enter_context(adapters.rotated(*given)) if call.rotate else None
-        found = replace(adapters.find_permutation(*given), rotation=rotation)
+        found = adapters.find_permutation(loaded, tokens, order_of, recipe.batch_size, recipe.seed)
         if folder is None:
             found.apply(loaded.model)
         else:

@@ -97,9 +97,6 @@ def permute(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
         print_json(done.to_dict() | {"output_dir": str(folder.resolve())})
         return
     show(_table_of_permutation(done))
-    if done.rotation is not None:
-        before, after = done.rotation.before, done.rotation.after
-        console.print(f"rotated first: the pattern removed {before:.4f} of an operator's outputs, now {after:.4f}")
     for name, why in done.left.items():
         console.print(f"left in their order: {name}: {why}", soft_wrap=True)
     console.print(f"permuted model: {folder.resolve()}", soft_wrap=True)

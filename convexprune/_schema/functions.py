@@ -258,11 +258,6 @@ class Call(Progress, Output, Opening):
 class Permute(Progress, Output, Opening):
     group = "target"
     pattern: str = setting("2:4", "N:M for N non-zeros in every M inputs, which is to prune less.")
-    rotate: bool = setting(
-        False,
-        "Rotate the hidden states first, by a matrix learned for the pattern (docs/method.md). The model and a copy "
-        "have to fit into memory. A head that is tied to the embedding gets a matrix of its own.",
-    )
 
 
 class Inspect(RemoteCode):
