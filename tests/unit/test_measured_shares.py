@@ -13,7 +13,7 @@ from convexprune._layerwise.steps.survey import survey
 from convexprune._layerwise.steps.trials import PRUNED, Trials
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._allocating import added_divergences
-from convexprune.constraints import SemiStructured
+from convexprune.constraints import Constraint, SemiStructured
 from convexprune.pruners import Magnitude
 
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def test_a_trial_is_the_divergence_of_a_whole_network(tiny_llama: HuggingFaceMod
 
 
 def test_costs_go_half_of_the_way_to_what_is_measured():
-    costs = {THREE_OF_FOUR: 1.0, TWO_OF_FOUR: 2.0, ONE_OF_FOUR: 4.0}
+    costs: dict[Constraint, float] = {THREE_OF_FOUR: 1.0, TWO_OF_FOUR: 2.0, ONE_OF_FOUR: 4.0}
     units = [Unit(name, 64, costs, 0.0, 0.0) for name in "abcd"]
     found = measured(units, TWO_OF_FOUR, {"a": 4.0, "b": 1.0, "c": -1.0, "d": 4.0})  # on average as predicted
     assert [unit.costs[TWO_OF_FOUR] for unit in found] == pytest.approx([2 * 2**0.5, 2**0.5, 2 * 0.1**0.5, 2 * 2**0.5])
