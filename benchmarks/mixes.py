@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import gguf
 import torch
@@ -28,7 +29,8 @@ from transformers import AutoModelForCausalLM
 import convexprune
 from convexprune.adapters import load
 
-FFI, LLAMA = get_ffi(), get_lib()
+FFI: Any = get_ffi()
+LLAMA: Any = get_lib()
 MIXES = {name.removeprefix("MOSTLY_"): int(number) for name, number in gguf.LlamaFileType.__members__.items()}
 
 
@@ -50,7 +52,7 @@ def by_llama_cpp(dense: Path, path: Path, mix: str, importance: dict[str, Tensor
 def by_us(model: str, tokens: Tensor, path: Path, size: int) -> None:
     """Write a file of at most a size."""
     run = path.with_suffix("")
-    samples = {"num_calibration_samples": len(tokens), "held_out_samples": 0}
+    samples: dict[str, Any] = {"num_calibration_samples": len(tokens), "held_out_samples": 0}
     convexprune.prune(model, dataset=tokens, target=size, evaluation=None, output_dir=run, **samples)
     convexprune.export(run, path, format="gguf")
 
@@ -61,7 +63,7 @@ def by_auto_round(steps: int, model: str, tokens: Tensor, path: Path, mix: str) 
 
     kind, folder = f"gguf:{mix.lower()}", path.with_suffix("")
     data = [{"input_ids": window[None], "attention_mask": torch.ones_like(window[None])} for window in tokens]
-    sizes = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "iters": steps}
+    sizes: dict[str, Any] = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "iters": steps}
     rounding = AutoRound(model, scheme=kind, dataset=data, device_map="cpu", enable_torch_compile=False, **sizes)
     rounding.quantize_and_save(str(folder), format=kind)
     (found,) = folder.rglob("*.gguf")

@@ -191,7 +191,8 @@ def test_the_summary_says_what_it_brought(dense: Path):
     report = convexprune.prune(dense, **SETTINGS, refine="layer").report
     (fact,) = [fact for fact in facts(report) if fact.name == "refined"]
     assert "held-out tokens is" in fact.text and "operators kept their values" in fact.text
-    report = convexprune.prune(dense, **SETTINGS | {"held_out_samples": 0}, refine="layer").report
+    settings: dict[str, Any] = SETTINGS | {"held_out_samples": 0}
+    report = convexprune.prune(dense, **settings, refine="layer").report
     (fact,) = [fact for fact in facts(report) if fact.name == "refined"]
     assert "calibration tokens is" in fact.text  # no others are there
 
