@@ -101,11 +101,10 @@ class TargetSettings(Settings):
     )
     quantize: str | None = setting(
         None,
-        "What is kept becomes numbers of so few bits, times a scale for each group of weights; zeros stay zero. Whole "
-        "numbers: int8 to int3. Tables: nf4, fp4, mxfp4. Blocks of GGUF files: q8_0, q6_k, q5_k, q5_0, q4_k, q4_0, "
-        "iq4_nl, iq4_xs, q3_k, q2_k. The best for each operator and the head, within target or bits: gguf, of these "
-        "blocks, for the embedding, too; compressed-tensors, of int8 and int4. With a sparsity of 0: quantization "
-        "alone. Left out: none.",
+        "What is kept becomes numbers of few bits, times a scale for each group of weights; zeros stay zero. Whole "
+        "numbers: int8 to int3. Tables: nf4, fp4, mxfp4. GGUF: q8_0, q6_k, q5_k, q5_0, q4_k, q4_0, iq4_nl, iq4_xs, "
+        "q3_k, q2_k. The best for each operator and the head, within target or bits: gguf, of these, embedding "
+        "too; compressed-tensors, of int8 and int4. With a sparsity of 0: quantization alone. Left out: none.",
     )
     embedding: str | None = setting(
         None,
@@ -131,11 +130,11 @@ class TargetSettings(Settings):
     allocation: str = setting(
         None,
         "How the zeros, or the bits, are spread. uniform: the same share in each operator. rows: that too, but its "
-        "rows compete for it by how much they move the loss. columns: so do whole columns, which the method then does "
-        "not choose. curve: shares of least predicted loss, after a survey (some five times SparseGPT); half-curve, "
-        "half of the way. measured, for N:M: curve with costs corrected by the divergence of the pruned model. owl, "
-        "skewness: by the scores of each decoder layer. N:M takes uniform, curve, measured. Left out: for convex and "
-        "admm rows if unstructured, quota matrix; columns for channels, curve for bits; else uniform.",
+        "rows compete for it by how much they move the loss. columns: so do whole columns. curve: shares of least "
+        "predicted loss, after a survey (some five times SparseGPT); half-curve, half of the way; measured, for N:M, "
+        "with costs corrected by the divergence of the pruned model. owl, skewness: by the scores of each decoder "
+        "layer. N:M takes uniform, curve, measured. Left out: for convex and admm rows if unstructured, quota matrix; "
+        "columns for channels, curve for bits; else uniform.",
         choices=("uniform", "columns", "rows", "curve", "half-curve", "measured", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(

@@ -84,7 +84,7 @@ FAULTS = (
     Fault("columns that count by their gradient alone", gradients._Squares.add, ".mul_(x.float().flatten(0, -2))", "",
           test_gradients.test_what_an_operator_reads_counts_by_the_derivative_of_the_loss_by_its_size,
           {"name": "llama", "block": 1}),
-    Fault("half of the way that is less", allocation.allocate_by_rule, "else 0.5", "else 0.4",
+    Fault("half of the way that is less", allocation.allocate_by_rule, "0.5 if rule", "0.4 if rule",
           test_survey.test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best),
     Fault("a gap from nowhere", allocation.allocate_by_rule, "found.cost - found.gap", "cost",
           test_survey.test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best),
