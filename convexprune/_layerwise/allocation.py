@@ -15,7 +15,7 @@ from convexprune.core._allocation import (
     allocate_by_skewness,
     cheapest_points,
 )
-from convexprune.errors import RecipeError, unknown
+from convexprune.errors import CalibrationError, RecipeError, unknown
 
 RULES = ("uniform", "columns", "rows", "curve", "half-curve", "measured", "owl", "skewness")
 WEIGHED = RULES[1:6]  # those that need gradients
@@ -79,15 +79,17 @@ def measured(units: Sequence[Unit], pattern: Constraint, added: Mapping[str, flo
     because the divergence is that of few windows (lab/tried.md).
     """
     predicted = {unit.name: unit.costs[further(pattern)] - unit.costs[pattern] for unit in units}
-    scale = sum(added.values()) / (sum(predicted.values()) or 1.0)
-    factors = {name: added[name] / (scale * cost) if scale * cost else 1.0 for name, cost in predicted.items()}
-    return [
-        replace(
-            unit,
-            costs={p: cost * min(max(factors[unit.name], LEAST), 1 / LEAST) ** 0.5 for p, cost in unit.costs.items()},
+    if not any(predicted.values()):
+        return [*units]
+    scale = sum(added.values()) / sum(predicted.values())
+    if not scale > 0:
+        raise CalibrationError(
+            f"Allocation 'measured': steps that should cost {sum(predicted.values()):.2e} nats together add "
+            f"{sum(added.values()):.2e} to the divergence, which says nothing. Calibrate on more, or take 'curve'."
         )
-        for unit in units
-    ]
+    ratios = {name: added[name] / (scale * cost) if cost else 1.0 for name, cost in predicted.items()}
+    factors = {name: min(max(ratio, LEAST), 1 / LEAST) ** 0.5 for name, ratio in ratios.items()}
+    return [replace(u, costs={p: factors[u.name] * cost for p, cost in u.costs.items()}) for u in units]
 
 
 def row_weights(fisher: Tensor) -> Tensor:
@@ -142,9 +144,8 @@ def allocate_by_rule(
     `survey`); rows compete in the same way under the next two rules. "curve" minimises the surveyed costs
     (`core._allocation`); "half-curve" goes half of the way from uniform shares, because the costs are of a single
     text and count the errors of operators as independent (lab/benchmarks.md); "measured" is "curve" for units that are
-    `measured`. "owl" (arXiv 2310.05175) gives a layer
-    with more outlying scores less sparsity, "skewness" a layer with more skewed weights: AutoPrune's allocation
-    (arXiv 2511.15390) as far as it could be reconstructed.
+    `measured`. "owl" (arXiv 2310.05175) gives a layer with more outlying scores less sparsity, "skewness" a layer with
+    more skewed weights: AutoPrune's allocation (arXiv 2511.15390) as far as it could be reconstructed.
     """
     check_rule(rule, pattern)
     if rule == "uniform":
@@ -163,9 +164,10 @@ def allocate_by_rule(
         if pattern.sparsity != pattern.share:  # an error that is four times as large for each bit that is saved
             curves = [curve.refined(FINE) for curve in curves]
         found = allocate(curves, pattern.share)
-        step = 0.5 if rule == "half-curve" else 1.0
-        shares = [pattern.share + step * (share - pattern.share) for share in found.sparsities]
-        if not pattern.continuous:
+        if pattern.continuous:
+            step = 0.5 if rule == "half-curve" else 1.0
+            shares = [pattern.share + step * (share - pattern.share) for share in found.sparsities]
+        else:
             shares = cheapest_points(curves, pattern.share)
         cost = sum(curve.envelope.cost(share) for curve, share in zip(curves, shares, strict=True))
         gap = max(0.0, cost - (found.cost - found.gap))

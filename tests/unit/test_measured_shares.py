@@ -14,6 +14,7 @@ from convexprune._layerwise.steps.trials import PRUNED, Trials
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._allocating import added_divergences
 from convexprune.constraints import Constraint, SemiStructured
+from convexprune.errors import CalibrationError
 from convexprune.pruners import Magnitude
 
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -50,6 +51,13 @@ def test_costs_go_half_of_the_way_to_what_is_measured():
     found = measured(units, TWO_OF_FOUR, {"a": 4.0, "b": 1.0, "c": -1.0, "d": 4.0})  # on average as predicted
     assert [unit.costs[TWO_OF_FOUR] for unit in found] == pytest.approx([2 * 2**0.5, 2**0.5, 2 * 0.1**0.5, 2 * 2**0.5])
     assert further(ONE_OF_FOUR) == TWO_OF_FOUR and further(THREE_OF_FOUR) == TWO_OF_FOUR
+
+
+@pytest.mark.parametrize("added", [-1.0, 0.0, float("nan")])
+def test_measurements_that_say_nothing_are_refused(added: float):
+    units = [Unit(name, 64, {TWO_OF_FOUR: 2.0, ONE_OF_FOUR: 4.0}, 0.0, 0.0) for name in "ab"]
+    with pytest.raises(CalibrationError, match="Calibrate on more, or take 'curve'"):
+        measured(units, TWO_OF_FOUR, {"a": 0.0, "b": added})
 
 
 def test_a_run_has_the_zeros_asked_for_and_computes_its_shares_once(
