@@ -210,6 +210,7 @@ class AbstractPruner(ABC):
     scores: ClassVar[Mapping[str, Score]] = {}
     """What whole "layers" and "experts" are chosen by where they are removed; it cannot choose others."""
     cost: ClassVar[Cost] = Cost()
+    """The needs of the method, of memory and time."""
 
     def __post_init__(self) -> None:
         check_settings(self)

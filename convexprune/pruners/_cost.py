@@ -7,7 +7,7 @@ class Cost(NamedTuple):
     """The needs of a method for a stack [m n]; by default those of a method that computes no products.
 
     `squares` matrices [n n] and `rectangles` [m n] of float32 live at the peak, beside the moments, and `apart` of the
-    tallest operator's shape, if operators are solved singly (counted by torch's allocator, tests/unit/test_cost.py).
+    tallest operator's shape, if operators are solved singly (counted by torch's allocator, tests/unit/test_memory.py).
     `products` [m n] x [n n] are counted on real layers (lab/benchmarks.md); `factorisations` are n^3 operations in
     Cholesky factors and the like. `overhead` is measured time over the time of this arithmetic at the rate of a bare
     product (benchmarks/layer.py). All stay constants: a group that is pruned here in a second is so narrow that

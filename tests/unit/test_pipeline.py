@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from layer_contexts import context_of
-from test_cost import allocated
+from test_memory import allocated
 from tiny_families import VOCABULARY, build_family
 from torch import Tensor
 
