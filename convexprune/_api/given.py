@@ -63,10 +63,8 @@ class Sources:
 
         A model has to be whole in memory to sample text: a streamed model is opened whole for sampling, and released.
         """
-        windows, to_sample = (
-            self.sampled(known),
-            [name for name, text in self._by_use.items() if adapters.needs_sampling(text)],
-        )
+        windows = self.sampled(known)
+        to_sample = [name for name, text in self._by_use.items() if adapters.needs_sampling(text)]
         is_given = isinstance(self.evaluation, Tensor) or self.evaluation not in (None, "self", HELD_OUT)
         if adapters.needs_sampling(self.dataset) and is_given:
             # Before the model writes its own text, which takes long: this one may be too short.
@@ -153,10 +151,8 @@ ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and th
 def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
     shapes = [operator.shape for layer in model.layers for operator in layer.operators]
     widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
-    few, shared = (
-        adapters.shortage(windows["calibration"], widest),
-        adapters.shared_weights(model.left_alone, model.layers),
-    )
+    few = adapters.shortage(windows["calibration"], widest)
+    shared = adapters.shared_weights(model.left_alone, model.layers)
     removes = recipe.build_pattern().removes is not None  # then what is left is of no matter
     unknown = None if removes else adapters.unknown_maps(model.left_alone, model.model, model.layers)
     yield from (warning for warning in (few, shared, unknown, eager_because(model.device)) if warning is not None)
@@ -242,9 +238,7 @@ def require_solver(solver: Any) -> AbstractSolver:
 
 
 def name_of(source: Any) -> str:
-    """Return the name of a model for its recipe: the bundled model's, a full path, a name on the hub, or a
-    description.
-    """
+    """Return the name of a model for its recipe: the bundled one, a full path, a name on the hub, or a description."""
     text = source.name_or_path if isinstance(source, PreTrainedModel) else source
     if not isinstance(text, str | Path) or not text:  # a compiled model has no truth value
         return given(source)
