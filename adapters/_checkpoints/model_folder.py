@@ -1,9 +1,8 @@
 """The files of a model folder: weights, companions and documents to copy, and reasons to refuse."""
 
-import json
 import logging
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ from transformers import PretrainedConfig
 
 from convexprune._container.folder import holds_pack
 from convexprune._runs.folder import OWN
+from convexprune._storage.checkpoint import INDEX, WEIGHTS, checkpoint_files
 from convexprune._storage.failures import reading
 from convexprune._storage.files import PARTS, Stamp, read_text, refuse_foreign
 from convexprune._storage.tensors import DTYPES, entries
 from convexprune.errors import ModelError, OutputError, shown
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+CONFIG = "config.json"
 DOCUMENTS = ("README*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # what people read, of a model on the hub
 # Weights are not copied to the result: they are written anew, or would be the dense ones in another format.
 NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
@@ -78,38 +78,9 @@ def check_layers(folder: Path, config: PretrainedConfig, stored: int | None = No
         )
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    with reading(path):
-        text = path.read_bytes()
-    try:
-        index = json.loads(text)
-        names = {PurePosixPath(name) for name in index["weight_map"].values()}
-        dict(index.get("metadata", {}))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
-        raise ModelError(
-            f'{path} is no index of shards: {{"weight_map": {{tensor: file}}}} is needed. Copy or download it again.'
-        ) from cause
-    for name in sorted(names):
-        hidden = any(part.startswith(".") for part in name.parts)
-        if name.is_absolute() or hidden or name.suffix != ".safetensors":
-            raise ModelError(
-                f"{path} names {str(name)!r}. Accepted: safetensors files in the folder itself or below it, not "
-                "hidden. Move the file there."
-            )
-    return index
-
-
 def shard_files(folder: Path) -> list[Path]:
-    """Return the shards of a folder, by the choice of transformers."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
+    if not (files := checkpoint_files(folder)):
         raise NotStreamable(f"there is no {WEIGHTS} and no {INDEX}")
-    files = sorted({folder / name for name in read_index(folder)["weight_map"].values()})
-    missing = [str(path.relative_to(folder)) for path in files if not path.exists()]
-    if missing:
-        raise ModelError(f"{folder}: {INDEX} names {', '.join(missing)}, which is missing. Download it again.")
     return files
 
 

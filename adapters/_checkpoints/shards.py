@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune._layerwise.model import DecoderLayer
+from convexprune._storage.checkpoint import INDEX, WEIGHTS, read_index
 from convexprune._storage.failures import reading
 from convexprune._storage.files import Stamp, copy_file, has_changed, require_unchanged, sha256, write_settings
 from convexprune._storage.tensors import Entry, cast, entries, raw, scanned, write_tensors
 from convexprune.errors import ModelError
 
 from .admission import refuse_non_finite, refuse_other_codes
-from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, read_index, result_name, shard_files
+from .model_folder import CONFIG, NotStreamable, companions, result_name, shard_files
 from .origin import Origin
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from convexprune._container.provenance import require_as_written
 from convexprune._progress import begin
 from convexprune._progress.shown import visible
 from convexprune._runs.folder import BLOCKS, REPORT, RunFolder
+from convexprune._storage.checkpoint import checkpoint_files
 from convexprune._storage.failures import reading
 from convexprune._storage.files import (
     PARTS,
@@ -28,7 +29,6 @@ from convexprune._storage.files import (
     copy_file,
     named,
     paths_in,
-    read_json,
     refuse_foreign,
     require_unchanged,
 )
@@ -40,7 +40,6 @@ Convert = Callable[[Path, Path], None]
 """Writes what is made of the file at a path to another one."""
 
 logger = logging.getLogger(__name__)
-INDEX = "model.safetensors.index.json"
 ROOM, RATIO = 64 << 20, 400  # bytes; a pack of more per packed byte holds nearly nothing but zeros
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
@@ -218,14 +217,9 @@ def source_files(source: str | Path) -> tuple[Path, dict[Path, Stamp]]:
 
 
 def weight_files(folder: Path, files: Iterable[Path]) -> list[Path]:
-    """Return the safetensors files of `files` that transformers reads, and none of a checkpoint in a folder inside."""
-    plain, whole, index = [path for path in files if path.suffix == SUFFIX], Path("model.safetensors"), Path(INDEX)
-    if whole in plain:
-        return [whole]
-    read = read_json(folder / index) if index in files else None
-    places = read.get("weight_map") if isinstance(read, dict) else None
-    shards = set(places.values()) if isinstance(places, dict) else set[str]()
-    return [path for path in plain if path.as_posix() in shards] or [path for path in plain if len(path.parts) == 1]
+    """Return the safetensors files of a model, of `files`, without those of a checkpoint in a folder inside."""
+    found = [path.relative_to(folder) for path in checkpoint_files(folder)]
+    return found or [path for path in files if path.suffix == SUFFIX and len(path.parts) == 1]
 
 
 def source_tensors(source: str | Path) -> tuple[Path, dict[Path, dict[str, Entry]]]:

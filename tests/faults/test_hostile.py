@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import convexprune
 from convexprune._storage import files
+from convexprune._storage.checkpoint import INDEX
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, given_tokenizer, load, reopen
 from convexprune.adapters._checkpoints import model_folder
-from convexprune.adapters._checkpoints.model_folder import INDEX
 from convexprune.adapters._checkpoints.shards import Shards
 from convexprune.adapters._inspection.inspection import inspect
 from convexprune.errors import ModelError, OutputError

@@ -164,6 +164,10 @@ def test_checkpoints_inside_of_a_folder_are_not_the_model(sharded: bool, tmp_pat
     told = CliRunner().invoke(app, ["export", str(source), str(tmp_path / "b.gguf"), "--format", "gguf"]).output
     assert {name: tensor.data.tobytes() for name, tensor in tensors_of(tmp_path / "b.gguf")} == before
     assert float(re.findall(r"([\d.]+) bits a weight of all", told)[0]) > 32
+    if sharded:
+        next(source.glob("model-00002*")).unlink()
+        with pytest.raises(ModelError, match=r"names model-00002.*, which is missing"):
+            convexprune.export(source, tmp_path / "c.gguf", "gguf")
 
 
 def tensors_of(path: Path) -> list[tuple[str, Any]]:
