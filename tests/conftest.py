@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Generator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 
@@ -23,6 +24,17 @@ def pytest_collection_finish() -> None:
     """Look for cycles in what tests make, not in what was imported."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call() -> Generator[None]:
+    """End a test's child process that an exception led out of its work: it would go on as a second test worker."""
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != process:
+            os._exit(1)
 
 
 def pytest_sessionfinish() -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from convexprune._cli import folders, measuring, pruning  # each file adds its commands to the application
-from convexprune._cli.application import app, listen, status
+from convexprune._cli.application import app, listening, status
 from convexprune.errors import ConvexpruneError
 
 __all__ = ["app", "folders", "main", "measuring", "pruning"]
@@ -17,9 +17,9 @@ def main() -> None:
     """Run the command line. An error that the user can mend becomes a message and exit status 2."""
     warnings.simplefilter("default")
     warnings.formatwarning = _line
-    listen()
     try:
-        _run()
+        with listening():
+            _run()
     except KeyboardInterrupt as stop:
         sys.exit(status(stop))
     except ConvexpruneError as error:

@@ -132,12 +132,18 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def listen() -> None:
+@contextmanager
+def listening() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, unless ignored, as under nohup."""
-    for name in ("SIGTERM", "SIGHUP"):  # the second is not on Windows
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _stop)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+    heard = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _stop(number: int, _: FrameType | None) -> None:

@@ -178,6 +178,14 @@ def test_a_rank_that_opens_a_run_while_another_finishes_it_takes_it_as_finished(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_child_of_a_test_never_goes_on_as_a_test_worker():
+    """A signal's handler may raise in a child before any of its own code runs."""
+    child = os.fork()
+    if child == 0:
+        raise KeyboardInterrupt
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
 def test_a_lock_goes_with_its_process(tmp_path: Path):
     def hold() -> None:
         with locked(tmp_path / "lock") as mine:

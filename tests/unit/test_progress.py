@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import convexprune._api.calls
 from convexprune import _cli as cli
-from convexprune._cli.application import Stopped, listen
+from convexprune._cli.application import Stopped, listening
 from convexprune._cli.pruning import summary
 from convexprune._progress import Event, begin, followed_by, shown
 from convexprune._rendering.facts import facts
@@ -190,10 +190,10 @@ def test_signals_that_ask_to_end_are_heard_unless_they_are_ignored():
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        listen()
-        with pytest.raises(Stopped):
+        with listening(), pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a process that goes on is as it was
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -210,7 +210,6 @@ def test_memory_and_threads_that_run_out_are_one_message(
         raise error
 
     monkeypatch.setattr(cli, "app", fail)
-    monkeypatch.setattr(cli, "listen", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2 and said in capsys.readouterr().err
