@@ -187,6 +187,8 @@ def _notes(recipe: Recipe, settings: LayerSettings) -> Iterator[str]:
         said = {"sparsity": rule.sparsity, "pattern": rule.pattern, "method": rule.method}
         own = ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
         yield f"Rule {number} ({', '.join(rule.targets)}): {own}, for {count} operators."
+    if recipe.target is not None:
+        yield "The size of the file was not checked, which takes a tokenizer: `convexprune prune ... --dry-run` does."
     if settings.pruners:
         yield f"Memory and time are those of the method {recipe.method} for all."
 

@@ -163,7 +163,7 @@ class _Parts:
         gram = self.gram[: self.n, : self.n].toarray()
         apart = abs(self.gram - sp.kron(sp.eye_array(self.m), gram, format="csc")).max()
         if apart > SAME * abs(gram).max(initial=0):
-            raise _refusal("responses with Gram matrices of their own")
+            raise _refusal("columns, the responses, with different Gram matrices (perhaps its rows are the responses)")
         data = DataFormat(numpy=True, flat=self.x.ndim == 1)
         return Problem(Quadratic(gram, self._rows(self.cross), self.energy, data=data), self._penalty())  # pyright: ignore[reportArgumentType]
 

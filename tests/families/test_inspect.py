@@ -75,6 +75,7 @@ def test_what_is_not_counted_is_said():
     assert not inspect(EMBEDDED).notes
     assert inspect(EMBEDDED).work.forward > inspect(EMBEDDED, allocation="uniform").work.forward
     assert inspect(EMBEDDED, allocation="owl").notes == inspect(EMBEDDED, allocation="curve").notes == (SURVEY,)
+    assert "was not checked" in inspect(EMBEDDED, target="10MB").notes[-1]
 
 
 def test_the_bundled_model_is_as_when_it_is_loaded():

@@ -103,6 +103,12 @@ def test_another_form_is_refused_by_its_name(match, objective, constraints):
         from_cvxpy(cp.Problem(cp.Minimize(objective(x)), constraints(x)))
 
 
+def test_a_statement_whose_rows_are_the_responses_is_refused_in_words():
+    quadratic = Quadratic.least_squares(*(torch.randn(9, n, dtype=torch.float64) for n in (4, 3)))
+    with pytest.raises(UnsupportedError, match="perhaps its rows are the responses"):
+        from_cvxpy(to_cvxpy(Problem(quadratic, L1(0.1))))
+
+
 def test_what_is_no_problem_or_has_no_numbers_is_refused():
     parameter, x = cp.Parameter(nonneg=True, name="a"), vector()
     wrong_kind: Any = flat(x)
