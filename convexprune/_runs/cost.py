@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
-from torch.utils.benchmark import Timer
 
 from convexprune._device.precision import widened
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
@@ -212,6 +211,8 @@ def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
 
 def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
     """Return the best rate of all repeats, the nearest to the rate of an idle device."""
+    from torch.utils.benchmark import Timer  # says on import that there is no GPU, on a machine with nvcc
+
     width = WIDTH if torch.device(device).type == "cpu" else WIDTH_ON_GPU
     a = torch.full((width, width), 0.5, dtype=dtype, device=device)
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
