@@ -82,7 +82,7 @@ def allocate_each(
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
     last = max(1, MEASURED // (batch_size * length))
     trials = {
-        settings.pattern: Trials(settings.pattern, further(settings.pattern), last)
+        settings.pattern: Trials((settings.pattern, further(settings.pattern)), last)
         for rule, settings in asked
         if rule == "measured"
     }
@@ -93,7 +93,7 @@ def allocate_each(
         else []
     )
     units_of = {
-        pattern: measured(units, pattern, added_divergences(model, batches[-last:], trial))
+        pattern: measured(units, trial.patterns, added_divergences(model, batches[-last:], trial), trial.groups)
         for pattern, trial in trials.items()
     }
     return [
@@ -107,9 +107,9 @@ def allocate_each(
 
 
 def added_divergences(model: HuggingFaceModel, batches: Sequence[Tensor], trial: Trials) -> dict[str, float]:
-    """Return the divergence that the step of every operator adds to that of the pruned network, in nats."""
+    """Return the divergence that the step of every group adds to that of the pruned network, in nats."""
     found, names = dict[str, float](), [*trial.states]
-    step = begin("measuring operators", len(names))
+    step = begin("measuring steps", len(names))
     for first in range(0, len(names), TOGETHER):
         part = names[first : first + TOGETHER]
         each = likelihoods(model, batches, trial.dense, {name: trial.states[name] for name in part})

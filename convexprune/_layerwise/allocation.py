@@ -72,23 +72,35 @@ def further(pattern: Constraint) -> Constraint:
     return ladder[number + 1 if number + 1 < len(ladder) else number - 1]
 
 
-def measured(units: Sequence[Unit], pattern: Constraint, added: Mapping[str, float]) -> list[Unit]:
-    """Return units whose costs follow the divergence `added` by a step to the `further` pattern, by operator.
+def measured(
+    units: Sequence[Unit],
+    steps: tuple[Constraint, Constraint],
+    added: Mapping[str, float],
+    groups: Mapping[str, Sequence[str]],
+) -> list[Unit]:
+    """Return units whose costs follow the divergence `added` by `steps` from a pattern to another, by group.
 
-    A unit's costs are multiplied by the root of measured over predicted, relative to the whole model: half of the way,
-    because the divergence is that of few windows (lab/tried.md).
+    The `groups` of a unit are its layer and the kind of its operator. Its costs are multiplied by the roots of measured
+    over predicted of both, relative to the whole model: half of the way, because the divergence is that of few windows
+    (lab/tried.md).
     """
-    predicted = {unit.name: unit.costs[further(pattern)] - unit.costs[pattern] for unit in units}
-    if not any(predicted.values()):
-        return [*units]
-    scale = sum(added.values()) / sum(predicted.values())
-    if not scale > 0:
-        raise CalibrationError(
-            f"Allocation 'measured': steps that should cost {sum(predicted.values()):.2e} nats together add "
-            f"{sum(added.values()):.2e} to the divergence, which says nothing. Calibrate on more, or take 'curve'."
-        )
-    ratios = {name: added[name] / (scale * cost) if cost else 1.0 for name, cost in predicted.items()}
-    factors = {name: min(max(ratio, LEAST), 1 / LEAST) ** 0.5 for name, ratio in ratios.items()}
+    both = {unit.name: [unit.costs[pattern] for pattern in steps if pattern in unit.costs] for unit in units}
+    predicted = {name: costs[1] - costs[0] if len(costs) > 1 else 0.0 for name, costs in both.items()}
+    factors = dict.fromkeys(predicted, 1.0)
+    for names in zip(*(groups[name] for name in predicted), strict=True) if any(predicted.values()) else ():
+        sums = dict.fromkeys(names, 0.0)
+        for name, cost in zip(names, predicted.values(), strict=True):
+            sums[name] += cost
+        scale = sum(added[name] for name in sums) / sum(sums.values())
+        if not scale > 0:
+            raise CalibrationError(
+                f"Allocation 'measured': steps that should cost {sum(sums.values()):.2e} nats together add "
+                f"{sum(added[name] for name in sums):.2e} to the divergence, which says nothing. Calibrate on more, or "
+                "take 'curve'."
+            )
+        for unit, name in zip(predicted, names, strict=True):
+            ratio = added[name] / (scale * sums[name]) if sums[name] else 1.0
+            factors[unit] *= min(max(ratio, LEAST), 1 / LEAST) ** 0.5
     return [replace(u, costs={p: factors[u.name] * cost for p, cost in u.costs.items()}) for u in units]
 
 
@@ -111,10 +123,11 @@ def check_rule(rule: str, pattern: Constraint) -> None:
             f"Allocation 'columns' chooses whole columns by how much they move the loss, and pattern {pattern} has "
             "none to choose. Accepted: the patterns 'channels', 'heads' and 'columns'."
         )
-    if rule == "measured" and (pattern.continuous or len(candidates(pattern)) < 2):
+    spreads_zeros = pattern.continuous and pattern.share == pattern.sparsity
+    if rule == "measured" and (spreads_zeros or len(candidates(pattern)) < 2):
         raise RecipeError(
-            f"Allocation 'measured' chooses an N of N:M for every operator, and {pattern} has no other N. Accepted: "
-            "patterns like 4:8 and 2:4; else take 'half-curve' or 'uniform'."
+            f"Allocation 'measured' chooses an N of N:M or bits for every operator, and {pattern} has neither. "
+            "Accepted: patterns like 4:8 and 2:4, and bits; else take 'half-curve' or 'uniform'."
         )
     if rule not in ("uniform", "columns", "curve", "measured") and not pattern.continuous:
         raise RecipeError(

@@ -27,6 +27,7 @@ from convexprune.quantizers import Descent
 from convexprune.quantizers._forecast import Forecast
 
 QUANTIZER = Descent(sweeps=0, rounds=0)  # quick
+DENSE = Unstructured(0.0)
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def survey(
     of a curve matters. The weights serve `trials`, too.
     """
     pruner, units = pruner or SparseGPT(), list[Unit]()
-    settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
+    settings = LayerSettings(pruner, DENSE, correction=0)
 
     def step(context: LayerContext) -> None:
         context.held_out = held_out
@@ -82,38 +83,38 @@ class Survey(AbstractStackStep):
     def __call__(self, stacks: Sequence[Stack]) -> None:
         for stack in stacks:
             weight, moments = stack.weight, stack.statistics.total
-            heights = tuple(operator.shape[0] for operator in stack.group.operators)
-            costs = {name: dict[Constraint, float]() for name in stack.names}
-            forecast = cache(partial(Forecast, LayerProblem(weight, moments, Unstructured(0.0), 0.0)))
+            operators = dict(zip(stack.names, stack.group.operators, strict=True))
+            costs = {name: dict[Constraint, float]() for name in operators}
+            forecast = cache(partial(Forecast, LayerProblem(weight, moments, DENSE, 0.0)))
             for pattern in self._patterns:
-                sized = zip(stack.names, heights, strict=True)
-                fits = {name for name, height in sized if _fits(pattern, height, weight.shape[1])}
-                if not fits:
-                    continue
-                alike = Stacked.alike(pattern, heights)
-                bits_alone = pattern.grid is not None and pattern.sparsity == 0
-                errors = (
-                    forecast().errors(alike) if bits_alone else self._errors(stack, alike, self.weights.get(pattern))
-                ).double()
-                for name, error in zip(stack.names, errors.split(heights), strict=True):
-                    if name in fits:
+                fits = [_fits(pattern, *operator.shape) for operator in operators.values()]
+                errors = self._errors(stack, pattern, fits, forecast) if any(fits) else ()
+                for name, error, fit in zip(operators, errors, fits, strict=False):
+                    if fit:
                         costs[name][pattern] = float(error @ self._fisher[name].to(error)) / 2
-            sizes = [height * weight.shape[1] for height in heights]
-            self._costs |= {name: (size, costs[name]) for name, size in zip(stack.names, sizes, strict=True)}
+            self._costs |= {name: (operators[name].shape[0] * weight.shape[1], costs[name]) for name in operators}
             self._powers += sums_of_powers(weight)
             self._scores.append((weight.abs() * moments.gram.diagonal().sqrt()).flatten().cpu())
 
-    def _errors(self, stack: Stack, pattern: Stacked, kept: dict[AbstractOperator, Tensor] | None = None) -> Tensor:
-        """Return the error by row of a stack pruned to a pattern, on the tokens that judge; keep its weights."""
-        folds = stack.statistics
-        factors = torch.cat([row_weights(self._fisher[name]) for name in stack.names]).sqrt()
-        problem = LayerProblem(stack.weight, folds.total, pattern, 0.0)
-        edit = QUANTIZER.quantize(problem, *solved([problem], [factors], stack.pruner))
-        if kept is not None:
-            parts = edit.weight.split(pattern.heights)
-            kept |= {o: w.to(o.read().dtype) for o, w in zip(stack.group.operators, parts, strict=True)}
-        judge = folds.held_out if folds.held_out.tokens else folds.total
-        return LayerProblem(stack.weight, judge, pattern, 0.0).squared_error(edit.weight)
+    def _errors(
+        self, stack: Stack, pattern: Constraint, fits: Sequence[bool], forecast: Callable[[], Forecast]
+    ) -> Sequence[Tensor]:
+        """Return the errors by row of operators, by forecast for bits alone, and keep the weights of those that fit."""
+        heights = tuple(operator.shape[0] for operator in stack.group.operators)
+        alone, kept = pattern.grid is not None and pattern.sparsity == 0, self.weights.get(pattern)
+        errors = forecast().errors(Stacked.alike(pattern, heights)) if alone else None
+        if errors is None or kept is not None:
+            factors = torch.cat([row_weights(self._fisher[name]) for name in stack.names]).sqrt()
+            fitting = Stacked(tuple(pattern if fit else DENSE for fit in fits), heights)
+            problem, folds = LayerProblem(stack.weight, stack.statistics.total, fitting, 0.0), stack.statistics
+            weight = QUANTIZER.quantize(problem, *solved([problem], [factors], stack.pruner)).weight
+            if kept is not None:
+                parts = zip(stack.group.operators, weight.split(heights), fits, strict=True)
+                kept |= {operator: part.to(operator.read().dtype) for operator, part, fit in parts if fit}
+            if errors is None:
+                judge = folds.held_out if folds.held_out.tokens else folds.total
+                errors = LayerProblem(stack.weight, judge, fitting, 0.0).squared_error(weight)
+        return errors.double().split(heights)
 
     def units(self) -> list[Unit]:
         """Return a unit by operator of the layer, with outliers and skewness of the layer."""
