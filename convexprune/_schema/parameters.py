@@ -19,7 +19,7 @@ from convexprune.errors import RecipeError, unknown
 UNSET: Any = inspect.Parameter.empty
 """Of an argument that was left out: the schema, or a recipe, has its default."""
 RECIPE = {name: info for group in GROUPS for name, info in group.model_fields.items()}
-PLACE = "settings: by name:\n        {settings}"
+PLACE = "settings: by name:\n    {settings}"
 """What a docstring has where its settings are to stand."""
 LISTED = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
 """Of a setting that may be a text with commas."""
@@ -88,7 +88,7 @@ def documented(settings: Parameters[Any]) -> Callable[[Callable[P, R]], Callable
             plain = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=info.annotation)
             parameters[name] = parameters.get(name, plain).replace(default=default)
         function.__dict__["__signature__"] = inspect.Signature(list(parameters.values()))
-        words = function.__doc__ or ""
+        words = inspect.cleandoc(function.__doc__ or "")  # as Python has it from 3.13 on
         function.__doc__ = words.replace(PLACE, _described(settings, words))
         return function
 
@@ -96,13 +96,13 @@ def documented(settings: Parameters[Any]) -> Callable[[Callable[P, R]], Callable
 
 
 def _described(settings: Parameters[Any], words: str) -> str:
-    indent = " " * 8
+    indent = " " * 4
     whole: Any = {"break_on_hyphens": False, "break_long_words": False}
     lines = [
         textwrap.fill(
-            f"{name}: {info.description}", 112, initial_indent=indent, subsequent_indent=indent + "    ", **whole
+            f"{name}: {info.description}", 108, initial_indent=indent, subsequent_indent=indent + "    ", **whole
         )
         for name, info in settings.fields.items()
-        if f"\n        {name}: " not in words
+        if f"\n    {name}: " not in words
     ]
     return "\n".join(lines).lstrip()

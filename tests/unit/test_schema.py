@@ -20,7 +20,7 @@ from convexprune._layerwise.allocation import RULES
 from convexprune._recipe_file import read_recipe, write_recipe
 from convexprune._schema import functions as doors
 from convexprune._schema.group import load_yaml
-from convexprune._schema.parameters import RECIPE, Parameters
+from convexprune._schema.parameters import RECIPE, Parameters, documented
 from convexprune._schema.settings import GROUPS
 from convexprune.pruners import METHODS
 from convexprune.recipe import PRESETS, SOLVERS, Recipe, make_recipe
@@ -46,6 +46,24 @@ def test_a_function_has_its_settings_with_their_defaults_and_words(name: str):
         assert parameters[setting].default == info.default
         assert f"{setting}: {info.description}" in words
     assert "{settings}" not in words and not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_settings_are_described_where_python_dedents_docstrings():
+    """As it does from 3.13 on."""
+
+    def indented(**settings: Any) -> None:
+        """Do it.
+
+        Args:
+            settings: by name:
+            {settings}
+        """
+
+    def dedented(**settings: Any) -> None: ...
+
+    dedented.__doc__ = inspect.cleandoc(indented.__doc__ or "")
+    first, second = (documented(doors.PRUNE)(function).__doc__ or "" for function in (indented, dedented))
+    assert first == second and "\n    sparsity: " in first
 
 
 @pytest.mark.parametrize("name", COMMANDS)
