@@ -80,9 +80,8 @@ def measured(
 ) -> list[Unit]:
     """Return units whose costs follow the divergence `added` by `steps` from a pattern to another, by group.
 
-    The `groups` of a unit are its layer and the kind of its operator. Its costs are multiplied by the roots of measured
-    over predicted of both, relative to the whole model: half of the way, because the divergence is that of few windows
-    (lab/tried.md).
+    A unit's costs are multiplied by the root of measured over predicted of each of its `groups`, relative to the whole
+    model: half of the way, because the divergence is that of few windows (lab/tried.md).
     """
     both = {unit.name: [unit.costs[pattern] for pattern in steps if pattern in unit.costs] for unit in units}
     predicted = {name: costs[1] - costs[0] if len(costs) > 1 else 0.0 for name, costs in both.items()}

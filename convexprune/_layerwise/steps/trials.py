@@ -1,7 +1,8 @@
 """Networks that differ from a pruned one by a step of some operators, sent along in the pass of a survey."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from torch import Tensor
 
@@ -15,12 +16,11 @@ PRUNED = "pruned"
 
 
 class Trials:
-    """The hidden states of the dense network, the `PRUNED` network, and networks with a step further.
+    """The hidden states of the dense network, the `PRUNED` network, and by group of operators one with a step there.
 
-    A step is from the first of two `patterns` to the second, in all operators of a group: of a layer, or of a kind, the
-    name inside of the layer without numbers, so that experts are of one kind. `groups` has both by "layer.operator".
-    The last `windows` batches of the walk are sent through. After the last layer the states are those that enter the
-    head.
+    A step is from the first of two `patterns` to the second. The `groups` of an operator, by "layer.operator", are its
+    layer and its kind, the name inside of the layer without numbers, so that experts are of one kind. The last
+    `windows` batches of the walk are sent through. After the last layer the states are those that enter the head.
     """
 
     def __init__(self, patterns: tuple[Constraint, Constraint], windows: int) -> None:
@@ -37,18 +37,18 @@ class Trials:
         pruned = {**dense, **weights[self.patterns[0]]}  # where a pattern does not fit, nothing changes
         further = {**pruned, **weights[self.patterns[1]]}
 
-        def leaving(states: Sequence[Tensor], stepped: Collection[AbstractOperator]) -> list[Tensor]:
-            for operator in layer.operators:
-                operator.write((further if operator in stepped else pruned)[operator])
+        def leaving(states: Sequence[Tensor], changed: Mapping[AbstractOperator, Tensor]) -> list[Tensor]:
+            for operator, weight in changed.items():
+                operator.write(weight)
             return [y.cpu() for y in through(layer, context.calls, [x.to(context.model.device) for x in states])]
 
-        self.dense = [y.cpu() for y in through(layer, context.calls, [x.to(context.model.device) for x in last])]
-        kinds = {operator: re.sub(r"\.\d+(?![^.])", "", operator.name) for operator in layer.operators}
-        self.groups |= {f"{layer.name}.{operator.name}": (layer.name, kind) for operator, kind in kinds.items()}
-        before = self.states.get(PRUNED, last)
-        entering = {PRUNED: before, **dict.fromkeys(kinds.values(), before), **self.states}
-        self.states = {name: leaving(x, [o for o in kinds if kinds[o] == name]) for name, x in entering.items()}
-        if kinds:
-            self.states[layer.name] = leaving(before, kinds)
+        groups = {o: (layer.name, re.sub(r"\.\d+(?![^.])", "", o.name)) for o in layer.operators}
+        self.groups |= {f"{layer.name}.{operator.name}": own for operator, own in groups.items()}
+        self.dense, before = leaving(last, dense), self.states.get(PRUNED, last)
+        entering = {PRUNED: before, **dict.fromkeys(chain(*groups.values()), before), **self.states}
+        self.states = {
+            name: leaving(x, {o: (further if name in own else pruned)[o] for o, own in groups.items()})
+            for name, x in entering.items()
+        }
         for operator, weight in dense.items():
             operator.write(weight)
