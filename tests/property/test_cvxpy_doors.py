@@ -104,7 +104,8 @@ def test_another_form_is_refused_by_its_name(match, objective, constraints):
 
 
 def test_a_statement_whose_rows_are_the_responses_is_refused_in_words():
-    quadratic = Quadratic.least_squares(*(torch.randn(9, n, dtype=torch.float64) for n in (4, 3)))
+    x, y = (torch.randn(9, n, dtype=torch.float64) for n in (4, 3))
+    quadratic = Quadratic.least_squares(x, y)
     with pytest.raises(UnsupportedError, match="perhaps its rows are the responses"):
         from_cvxpy(to_cvxpy(Problem(quadratic, L1(0.1))))
 
