@@ -69,24 +69,17 @@ def allocate_each(
     every, calibration = calibration, calibration[:WINDOWS]
     validation_batches = list(held_out.split(batch_size)) if len(held_out) else []
     batches = [*calibration.split(batch_size), *validation_batches]
+    outputs, needs = _gradients(model, every, asked, batch_size, record)
     curves = [settings.pattern for rule, settings in asked if rule in SURVEYED]
-    blocks = {block for rule, settings in asked if rule == "columns" for block in _blocks(model, settings)}
-    rules, length = {rule for rule, _ in asked}, every.shape[1]
-    outputs, needs = dict[str, Tensor](), dict[tuple[str, int], Tensor]()
-    if blocks:
-        windows = every[: gradient_windows("columns", length)]
-        needs = loss_fisher(model, windows, batch_size, record, blocks).inputs
-    if weighed := rules.intersection(WEIGHED).difference({"columns"}):  # whatever else is asked, on the same windows
-        windows = every[: gradient_windows(weighed.pop(), length)]
-        outputs = loss_fisher(model, windows, batch_size, record).outputs
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
-    last = max(1, MEASURED // (batch_size * length))
+    last = max(1, MEASURED // (batch_size * every.shape[1]))
     trials = {
         settings.pattern: Trials((settings.pattern, further(settings.pattern)), last)
         for rule, settings in asked
         if rule == "measured"
     }
-    is_surveyed, count = not rules <= {"uniform", "columns", "rows"}, len(validation_batches)
+    is_surveyed = not {rule for rule, _ in asked} <= {"uniform", "columns", "rows"}
+    count = len(validation_batches)
     units = (
         survey(model, batches, count, patterns, outputs, record=record, trials=[*trials.values()])
         if is_surveyed
@@ -104,6 +97,27 @@ def allocate_each(
         )
         for rule, settings in asked
     ]
+
+
+def _gradients(
+    model: HuggingFaceModel,
+    every: Tensor,
+    asked: Sequence[Asked],
+    batch_size: int,
+    record: Callable[[], Recorded],
+) -> tuple[Mapping[str, Tensor], Mapping[tuple[str, int], Tensor]]:
+    """Return squared gradients by output, and the needs of whole columns, for the rules that use them."""
+    outputs, needs = dict[str, Tensor](), dict[tuple[str, int], Tensor]()
+    length = every.shape[1]
+    blocks = {block for rule, settings in asked if rule == "columns" for block in _blocks(model, settings)}
+    if blocks:
+        windows = every[: gradient_windows("columns", length)]
+        needs = loss_fisher(model, windows, batch_size, record, blocks).inputs
+    weighed = {rule for rule, _ in asked}.intersection(WEIGHED).difference({"columns"})
+    if weighed:  # whatever else is asked, on the same windows
+        windows = every[: gradient_windows(weighed.pop(), length)]
+        outputs = loss_fisher(model, windows, batch_size, record).outputs
+    return outputs, needs
 
 
 def added_divergences(model: HuggingFaceModel, batches: Sequence[Tensor], trial: Trials) -> dict[str, float]:

@@ -42,7 +42,7 @@ class Trials:
                 operator.write(weight)
             return [y.cpu() for y in through(layer, context.calls, [x.to(context.model.device) for x in states])]
 
-        groups = {o: (layer.name, re.sub(r"\.\d+(?![^.])", "", o.name)) for o in layer.operators}
+        groups = {o: (layer.name, re.sub(r"\.\d+\b", "", o.name)) for o in layer.operators}
         self.groups |= {f"{layer.name}.{operator.name}": own for operator, own in groups.items()}
         self.dense, before = leaving(last, dense), self.states.get(PRUNED, last)
         entering = {PRUNED: before, **dict.fromkeys(chain(*groups.values()), before), **self.states}
