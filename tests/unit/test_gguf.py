@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gguf
 import pytest
@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune._cli import app
 from convexprune.adapters import EMBEDDED
-from convexprune.constraints import Block, make_grid
 from convexprune.errors import ModelError, OutputError
 
 SIZES: dict[str, Any] = {
@@ -277,26 +276,3 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(tmp_path: Path):
     file = LlamaCpp(exported(folder, tmp_path / "model.gguf"), 64)
     for text in ("The whale's 1234 teeth,\n\n and  naïve cafés: it isn't — 漢字 🦙!", " ", "a\tb  c</s>d"):
         assert file.tokens(text) == tokenizer(text).input_ids
-
-
-@pytest.mark.parametrize("kind", ["q4_k", "iq4_nl", "q3_k"])
-def test_a_pack_stores_codes_once(kind: str, tmp_path: Path):
-    source = built("qwen3moe" if kind == "q4_k" else "llama", tmp_path / "dense", torch.bfloat16)
-    run = quantized(source, tmp_path / "run", quantize=kind)
-    pack = convexprune.pack(run, tmp_path / "pack")
-    path = exported(run, tmp_path / "model.gguf")
-    packed = sum(file.stat().st_size for file in pack.output_dir.iterdir() if file.suffix in (".safetensors", ".ggml"))
-    assert packed < path.stat().st_size + 20_000  # what is not quantized is smaller in a pack
-    assert pack.operator_bits is None or abs(pack.operator_bits - cast(Block, make_grid(kind)).bits) < 0.01
-    again = convexprune.unpack(pack.output_dir, tmp_path / "again")
-    files = {file.name for file in run.iterdir()}
-    assert files == {file.name for file in again.iterdir()}
-    assert all((again / name).read_bytes() == (run / name).read_bytes() for name in files)
-    loaded = convexprune.load(pack.output_dir).state_dict()
-    plain = AutoModelForCausalLM.from_pretrained(run).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in plain.items())
-    blocks = bytearray((pack.output_dir / "blocks.ggml").read_bytes())
-    blocks[-1] ^= 1
-    (pack.output_dir / "blocks.ggml").write_bytes(blocks)
-    with pytest.raises((ModelError, OutputError)):
-        convexprune.unpack(pack.output_dir, tmp_path / "damaged", allow_changed=True)

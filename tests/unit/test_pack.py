@@ -3,13 +3,15 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from rich.console import Console
 from runs import SETTINGS, flip
 from safetensors.torch import save_file
+from test_gguf import built, exported, quantized
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import convexprune
@@ -20,6 +22,7 @@ from convexprune._container.file import pack_file
 from convexprune._runs.folder import RunFolder
 from convexprune._storage.tensors import entries
 from convexprune.adapters._loading import packed as reader
+from convexprune.constraints import Block, make_grid
 from convexprune.errors import ConvexpruneError, ModelError, OutputError, RecipeError
 
 
@@ -236,3 +239,26 @@ def test_what_is_pruned_in_memory_is_not_packed(dense: Path):
 def test_a_run_that_packs_is_verified_once_it_is_unpacked(delivered: Path):
     with pytest.raises(ModelError, match="is a pack"):
         convexprune.verify(delivered)
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "iq4_nl", "q3_k"])
+def test_a_pack_stores_codes_once(kind: str, tmp_path: Path):
+    source = built("qwen3moe" if kind == "q4_k" else "llama", tmp_path / "dense", torch.bfloat16)
+    run = quantized(source, tmp_path / "run", quantize=kind)
+    pack = convexprune.pack(run, tmp_path / "pack")
+    path = exported(run, tmp_path / "model.gguf")
+    packed = sum(file.stat().st_size for file in pack.output_dir.iterdir() if file.suffix in (".safetensors", ".ggml"))
+    assert packed < path.stat().st_size + 20_000  # what is not quantized is smaller in a pack
+    assert pack.operator_bits is None or abs(pack.operator_bits - cast(Block, make_grid(kind)).bits) < 0.01
+    again = convexprune.unpack(pack.output_dir, tmp_path / "again")
+    files = {file.name for file in run.iterdir()}
+    assert files == {file.name for file in again.iterdir()}
+    assert all((again / name).read_bytes() == (run / name).read_bytes() for name in files)
+    loaded = convexprune.load(pack.output_dir).state_dict()
+    plain = AutoModelForCausalLM.from_pretrained(run).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in plain.items())
+    blocks = bytearray((pack.output_dir / "blocks.ggml").read_bytes())
+    blocks[-1] ^= 1
+    (pack.output_dir / "blocks.ggml").write_bytes(blocks)
+    with pytest.raises((ModelError, OutputError)):
+        convexprune.unpack(pack.output_dir, tmp_path / "damaged", allow_changed=True)
