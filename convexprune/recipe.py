@@ -241,16 +241,17 @@ class Recipe(
         own_refit = "refit" in signature(METHODS[method]).parameters
         added = bool(self.refit) and not own_refit
         settings: dict[str, Any] = {}
+        named = f"{method!r}, of preset {self.preset!r}," if self.preset else repr(method)
         if issubclass(METHODS[method], AbstractSearch):
             settings["damping"] = self.damping
         elif self.damping is not None and not added:
             raise RecipeError(
-                f"damping belongs to methods that search a support, or to refit=True; {method!r} does not take it."
+                f"damping belongs to methods that search a support, or to refit=True; {named} does not take it."
             )
         if method == "convex":
             settings["solver"] = self._solver() if solver is None else solver
         elif solver is not None or self.solver != "fista":
-            raise RecipeError(f"solver belongs to method='convex'; {method!r} does not take it. Leave one of them out.")
+            raise RecipeError(f"solver belongs to method='convex'; {named} does not take it. Leave one of them out.")
         if self.refit is False and own_refit:
             settings["refit"] = None
         pruner = make(METHODS[method], method, settings | self.method_args)

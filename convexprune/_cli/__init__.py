@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.text import Text
@@ -15,10 +17,8 @@ __all__ = ["app", "folders", "main", "measuring", "pruning"]
 
 def main() -> None:
     """Run the command line. An error that the user can mend becomes a message and exit status 2."""
-    warnings.simplefilter("default")
-    warnings.formatwarning = _line
     try:
-        with listening():
+        with listening(), _short_warnings():
             _run()
     except KeyboardInterrupt as stop:
         sys.exit(status(stop))
@@ -28,9 +28,16 @@ def main() -> None:
         sys.exit(2)
 
 
-def _line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """Return a warning without its place in the code, which means nothing to a user of commands."""
-    return f"{category.__name__}: {message}\n"
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Show every warning, without its place in the code, which means nothing to a user of commands."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+    try:
+        with warnings.catch_warnings(action="default"):
+            yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _run() -> None:

@@ -9,6 +9,7 @@ from runs import SETTINGS
 from test_gguf import RUN, built
 
 import convexprune
+from convexprune.errors import RecipeError
 from convexprune.recipe import make_recipe
 
 
@@ -30,6 +31,11 @@ def test_a_preset_is_a_few_settings_and_what_is_given_counts(asked: dict[str, An
     assert recipe.model_dump() == make_recipe(**same).model_dump() | {"preset": asked["preset"]}
     assert make_recipe(**recipe.model_dump()) == recipe and make_recipe(**recipe.chosen) == recipe
     assert (recipe.deviations is not None) == ("method" in asked)
+
+
+def test_a_setting_that_the_method_of_a_preset_does_not_take_names_the_preset():
+    with pytest.raises(RecipeError, match=r"'sparsegpt', of preset 'fast', does not take it"):
+        make_recipe(preset="fast", solver="admm").build_pruner()
 
 
 def test_a_run_says_what_it_takes_and_what_it_leaves_of_the_preset(tmp_path: Path):

@@ -223,3 +223,15 @@ def _raising(error: Exception) -> Callable[..., None]:
         raise error
 
     return fail
+
+
+def test_a_command_shows_its_warnings_in_a_line_and_leaves_python_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    before, filters, lines = warnings.formatwarning, list(warnings.filters), list[str]()
+
+    def warned(**_: object) -> None:
+        lines.append(warnings.formatwarning("mind the step", UserWarning, "stairs.py", 7))
+
+    monkeypatch.setattr(cli, "app", warned)
+    cli.main()
+    assert lines == ["UserWarning: mind the step\n"]
+    assert warnings.formatwarning is before and warnings.filters == filters
