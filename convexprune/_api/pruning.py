@@ -24,7 +24,7 @@ from convexprune._progress import FORECAST, begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
 from convexprune._rendering.page import write_page
-from convexprune._runs.executors import Job, prune_in_folder
+from convexprune._runs.executors import Job
 from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder, identity
 from convexprune._schema.functions import Call
 from convexprune._storage.batches import room_on
@@ -176,7 +176,10 @@ class InFolder(Request):
             self._choose(loaded, windows, report, store)
         opened = partial(adapters.reopen, partial(self.open, allow_changed=True), self.origin)
         job = Job(self.folder.work, self._work(windows), opened, self.threads, self.installed, needed)
-        prune_in_folder(self.executor, job, loaded, store, self._on_operator(loaded))
+        store.discard_damaged()
+        finished = filter(store.is_finished, range(store.count))
+        earlier = [report for number in finished for report in store.reports(number)]
+        self.executor.run(job, loaded, store, self._on_operator(loaded, earlier))
         self.clock.lap("prune")
         with self.folder.alone() as unfinished:
             if unfinished:

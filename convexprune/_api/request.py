@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,7 +39,7 @@ from convexprune.adapters import AbstractRemoval, HuggingFaceModel, load, what_n
 from convexprune.constraints import FAMILIES, Codebook
 from convexprune.errors import ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
-from convexprune.report import OnOperator, Report
+from convexprune.report import OnOperator, OperatorReport, Report
 from convexprune.validation._perplexity import fit
 
 logger = logging.getLogger(__name__)
@@ -262,10 +262,16 @@ class Request:
             if not self.executor.rank:
                 logger.warning(warning)
 
-    def _on_operator(self, loaded: HuggingFaceModel) -> OnOperator:
-        operators = sum(len(layer.operators) for layer in loaded.layers)
-        step = begin("pruning", operators)
-        return lambda report: step(f"{report.name}  error {report.relative_error:.1e}", report)
+    def _on_operator(self, loaded: HuggingFaceModel, earlier: Sequence[OperatorReport] = ()) -> OnOperator:
+        """Begin the pruning, and tell of the operators that an earlier call has pruned."""
+        step = begin("pruning", sum(len(layer.operators) for layer in loaded.layers), len(earlier))
+
+        def on_operator(report: OperatorReport) -> None:
+            step(f"{report.name}  error {report.relative_error:.1e}", report)
+
+        for report in earlier:
+            on_operator(report)
+        return on_operator
 
     def _end(self, report: Report) -> None:
         report.seconds, report.memory = self.clock.laps, machine.peak_memory(self.device, self.executor.spawns)

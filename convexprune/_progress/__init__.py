@@ -25,6 +25,7 @@ class Event:
         total: number of steps, or None if it is not known.
         step: the last step, in words.
         report: `OperatorReport` of the operator that the last step pruned, or None.
+        earlier: number of steps that the run had finished before it was resumed. They come first, all at once.
     """
 
     phase: str
@@ -32,6 +33,7 @@ class Event:
     total: int | None = None
     step: str = ""
     report: Any = None
+    earlier: int = 0
 
     def __str__(self) -> str:
         count = f" {self.done}" if self.done else ""
@@ -70,14 +72,14 @@ def is_followed() -> bool:
     return _follower.get() is not None
 
 
-def begin(phase: str, total: int | None = None) -> Step:
+def begin(phase: str, total: int | None = None, earlier: int = 0) -> Step:
     """Report that a phase begins. Without a follower, events go to the log `convexprune` at level INFO."""
     tell, done = _follower.get() or logger.info, 0
 
     def step(step: str = "", report: Any = None) -> None:
         nonlocal done
         done += 1
-        tell(Event(phase, done, total, step, report))
+        tell(Event(phase, done, total, step, report, earlier))
 
-    tell(Event(phase, 0, total))
+    tell(Event(phase, 0, total, earlier=earlier))
     return step

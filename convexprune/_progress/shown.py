@@ -19,12 +19,13 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 from convexprune._progress import FORECAST, Event, followed_by, is_followed
 
@@ -91,15 +92,34 @@ def _without_warnings() -> Iterator[None]:
 def _columns() -> Sequence[ProgressColumn]:
     """The description gives way where the terminal is narrow; counter and clocks never do."""
     words = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-    left = TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5))
     return (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False, table_column=words),
         MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7, justify="right")),
         TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
-        left,
-        TextColumn("left", table_column=Column(no_wrap=True, min_width=4)),
+        _Left(table_column=Column(no_wrap=True, min_width=12)),
     )
+
+
+class _Left(ProgressColumn):
+    """The time left. The column of rich looks at the last 30 seconds, and a step may take minutes."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        event, at = task.fields["event"], task.fields["at"]
+        left = _left(event, at)
+        return Text("-:--:-- left" if left is None else f"{_clock(max(0.0, left - (task.elapsed or at) + at))} left")
+
+
+def _left(event: Event, seconds: float) -> float | None:
+    """Return the seconds left by the pace of a phase so far, or None if nothing is known."""
+    made = event.done - event.earlier
+    return seconds / made * (event.total - event.done) if event.total and made > 0 else None
+
+
+def _clock(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 class Bar:
@@ -112,10 +132,11 @@ class Bar:
             self._progress.console.print(event.phase, soft_wrap=True, highlight=False)
             return
         if not event.done:
-            self._tasks[event.phase] = self._progress.add_task(event.phase, total=event.total)
+            self._tasks[event.phase] = self._progress.add_task(event.phase, total=event.total, event=event, at=0.0)
         shown = self._tasks[event.phase]
         words = f"{event.phase}  {event.step}" if event.step else event.phase
-        self._progress.update(shown, completed=event.done, description=words)
+        at = next(task.elapsed or 0.0 for task in self._progress.tasks if task.id == shown)
+        self._progress.update(shown, completed=event.done, description=words, event=event, at=at)
         for task in self._progress.task_ids:
             self._progress.update(task, visible=task == shown)
 
@@ -130,7 +151,10 @@ class Lines:
     def __call__(self, event: Event) -> None:
         if not event.done:
             self._began[event.phase] = time.monotonic()
-            self._say(event.phase)
+            known = f", {event.earlier}/{event.total} are finished" if event.earlier else ""
+            self._say(f"{event.phase}{known}")
+        elif event.done <= event.earlier:
+            return
         elif event.report is not None:
             self._operator(event)
         elif time.monotonic() - self._last >= QUIET:
@@ -150,9 +174,8 @@ class Lines:
     def _count(self, event: Event) -> str:
         if event.total is None:
             return f"{event.done}"
-        seconds = time.monotonic() - self._began[event.phase]
-        left = timedelta(seconds=round(seconds / event.done * (event.total - event.done)))
-        return f"{event.done}/{event.total}" + (f", about {left} left" if event.done < event.total else "")
+        left = _left(event, time.monotonic() - self._began[event.phase])
+        return f"{event.done}/{event.total}" + (f", about {_clock(left)} left" if left else "")
 
     def _say(self, line: str) -> None:
         self._last = time.monotonic()

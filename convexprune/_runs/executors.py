@@ -270,14 +270,3 @@ def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> N
                 settings.pattern_of(f"{layer.name}.{operator.name}").check(*operator.shape)
             except errors.PatternError as error:
                 raise errors.PatternError(f"{layer.name}.{operator.name}: {error}") from error
-
-
-def prune_in_folder(
-    executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator
-) -> None:
-    store.discard_damaged()
-    for number in range(store.count):
-        if store.is_finished(number):
-            for report in store.reports(number):
-                on_operator(report)
-    executor.run(job, model, store, on_operator)

@@ -99,7 +99,7 @@ def test_a_run_has_what_is_asked_for_and_computes_its_shares_once(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped:
-        stopped.setattr("convexprune._api.pruning.prune_in_folder", broken)
+        stopped.setattr("convexprune._api.pruning.Job", broken)
         with pytest.raises(KeyboardInterrupt):
             convexprune.prune(dense, output_dir=tmp_path / "out", **settings)
     with monkeypatch.context() as resumed:

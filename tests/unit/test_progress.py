@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 import convexprune._api.calls
@@ -60,6 +61,31 @@ def test_counter_and_clocks_are_whole_on_a_narrow_terminal():
         step("")
         screen = _screen(bar)
         assert "perplexity" in screen and "1/3" in screen and "27/210" not in screen
+
+
+class _Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_time_left_follows_the_pace_of_this_call_however_slow(monkeypatch: pytest.MonkeyPatch):
+    """Not of what an earlier call had finished, which is told at once; a step takes minutes."""
+    clock, screen = _Clock(), StringIO()
+    monkeypatch.setattr(shown.time, "monotonic", clock)
+    lines, bar = shown.Lines(Console(file=screen, width=200)), shown.Bar(Progress(*shown._columns(), get_time=clock))
+    with followed_by(bar, lines):
+        step = begin("pruning", 8, 4)
+        for number in range(6):
+            clock.now += 0.0 if number < 4 else 300.0
+            step("", report(f"a.layers.{number}.q"))
+    clock.now += 100.0
+    assert _screen(bar).rstrip().endswith("6/8 0:11:40 0:08:20 left")
+    assert screen.getvalue().splitlines() == [
+        "pruning, 4/8 are finished",
+        "pruned 5/8, about 0:30:00 left  a.layers.4: error at most 1.0e-02, gap 1e-05",
+    ]
 
 
 def _screen(bar: object) -> str:

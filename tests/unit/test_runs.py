@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import LAYERS, SETTINGS, TOKENS, checksums, cut, empty, flip, on_reports, place_of, stop_after
+from runs import LAYERS, SETTINGS, TOKENS, checksums, cut, empty, flip, place_of, stop_after
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,12 +39,13 @@ def test_a_finished_folder_is_an_ordinary_one(dense: Path, tmp_path: Path):
 def test_an_unfinished_run_is_never_overwritten_and_goes_on_when_asked(dense, stopped, expected, monkeypatch):
     with pytest.raises(errors.OutputError, match=r"unfinished run, 2 of its layers finished.*--resume"):
         convexprune.prune(dense, output_dir=stopped, **SETTINGS)
-    pruned, told = [], []
+    pruned, events = [], []
     call = pipeline.Pipeline.__call__
     monkeypatch.setattr(pipeline.Pipeline, "__call__", lambda s, c: (pruned.append(c.layer.name), call(s, c)))
-    result = convexprune.prune(dense, output_dir=stopped, resume=True, on_progress=on_reports(told.append), **SETTINGS)
+    result = convexprune.prune(dense, output_dir=stopped, resume=True, on_progress=events.append, **SETTINGS)
     assert set(pruned) == {"model.layers.2", "model.layers.3"}  # what was finished is not redone
-    assert told == result.report.operators and len(told) == 7 * LAYERS
+    assert [event.report for event in events if event.report is not None] == result.report.operators
+    assert {(event.total, event.earlier) for event in events if event.phase == "pruning"} == {(7 * LAYERS, 7 * 2)}
     assert checksums(stopped) == expected
 
 
