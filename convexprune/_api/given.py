@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune import adapters
+from convexprune._container.layouts import imported
 from convexprune._device.kernels import eager_because
 from convexprune._device.machine import default_workers
 from convexprune._layerwise.processes import require_rendezvous
@@ -20,7 +21,15 @@ from convexprune._schema.functions import Call
 from convexprune._storage.files import write_text
 from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel
-from convexprune.errors import CalibrationError, ConvexpruneError, OutputError, RecipeError
+from convexprune.constraints import Block, Grid
+from convexprune.errors import (
+    CalibrationError,
+    ConvexpruneError,
+    DependencyError,
+    ModelError,
+    OutputError,
+    RecipeError,
+)
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import Report
 from convexprune.solvers import AbstractSolver, solver_names
@@ -163,6 +172,8 @@ def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> I
         )
     if (others := recipe.deviations) is not None:
         yield others
+    if (refusal := _refused_export(model, recipe)) is not None:
+        yield refusal
     tokens = windows["calibration"].numel()
     if recipe.allocation == "columns" and tokens < TOO_FEW:
         yield (
@@ -171,6 +182,22 @@ def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> I
         )
     if recipe.bound_rows > fewest:
         yield f"bound_rows={recipe.bound_rows}: all rows are bounded of operators with fewer outputs ({fewest})."
+
+
+def _refused_export(model: HuggingFaceModel, recipe: Recipe) -> str | None:
+    """Return what `export` will say of the codes of a model that no engine's files can hold."""
+    grid, settings = recipe.build_pattern().grid, model.model.config.to_dict()
+    try:
+        if isinstance(grid, Block):
+            named = {"architectures": [type(model.model).__name__]}
+            imported("gguf").GGUFModel(settings | named, Path(model.folder or "This model"))
+        elif isinstance(grid, Grid):
+            adapters.alike(model.layers)
+    except DependencyError:  # unknown until its package is there
+        return None
+    except ModelError as error:
+        return f"{error} So `convexprune export` will refuse the result; `convexprune pack` takes it."
+    return None
 
 
 def check_copies(call: Call) -> None:

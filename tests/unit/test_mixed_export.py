@@ -15,9 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import convexprune
 from convexprune._api.calls import plan
+from convexprune._api.given import run_warnings
 from convexprune._container.layouts import stored_names
+from convexprune.adapters import load
 from convexprune.constraints import Grid
 from convexprune.errors import ModelError, PatternError, RecipeError
+from convexprune.recipe import make_recipe
 from convexprune.validation import advise
 
 MIXED: dict[str, Any] = {"quantize": "compressed-tensors", "sparsity": None}
@@ -57,6 +60,25 @@ def test_modules_that_no_file_takes_are_refused_before_any_work(tmp_path: Path):
     with pytest.raises(ModelError, match="is no Linear module"):
         plan(model=tmp_path / "gpt2", output_dir=tmp_path / "none", **asked)
     assert any("is no Linear module" in note for note in advise(tmp_path / "gpt2", bits=4).notes)
+
+
+@pytest.mark.parametrize(
+    ("family", "grid", "said"),
+    [
+        ("gpt2", "int4", "c_attn is no Linear module"),
+        ("opt", "q8_0", "OPTForCausalLM cannot be written as GGUF"),
+        ("opt", "int4", None),
+        ("llama", "q8_0", None),
+        ("gpt2", None, None),
+    ],
+)
+def test_a_run_whose_codes_export_will_refuse_says_so_as_it_begins(family: str, grid: str | None, said: str | None):
+    model = load(build_family(family), device="cpu")
+    windows, recipe = {"calibration": torch.ones(64, 64)}, make_recipe(sparsity=0, quantize=grid)
+    told = [
+        warning for warning in run_warnings(model, windows, recipe) if "`convexprune export` will refuse" in warning
+    ]
+    assert len(told) == (said is not None) and (said or "") in "".join(told)
 
 
 def test_a_folder_that_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
