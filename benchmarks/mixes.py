@@ -9,7 +9,7 @@ file (`llama_model_quantize`), with the mean squares of each operator's inputs o
 matrix. `convexprune.prune(target=BYTES)` makes a file of at most as many bytes from the same tokens. AutoRound trains
 the rounding, so many steps for a layer on the same tokens (200 is its default, 50 its light recipe). transformers reads
 all files back. KL is that from the dense model, in nats a token. With FOLDER the files are kept, and a run that was
-interrupted goes on there.
+interrupted goes on there; its seconds are those of the last call.
 """
 
 import argparse

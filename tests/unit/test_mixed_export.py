@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ def test_a_run_whose_codes_export_will_refuse_says_so_as_it_begins(family: str, 
         warning for warning in run_warnings(model, windows, recipe) if "`convexprune export` will refuse" in warning
     ]
     assert len(told) == (said is not None) and (said or "") in "".join(told)
+
+
+def test_a_run_says_that_it_cannot_ask_export_without_its_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "convexprune._container.gguf_file", None)
+    model, windows = load(build_family("llama"), device="cpu"), {"calibration": torch.ones(64, 64)}
+    told = " ".join(run_warnings(model, windows, make_recipe(sparsity=0, quantize="q8_0")))
+    assert "not known yet" in told and "pip install" in told
 
 
 def test_a_folder_that_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
