@@ -107,13 +107,13 @@ class _Left(ProgressColumn):
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        event, at = task.fields["event"], task.fields["at"]
-        left = _left(event, at)
-        return Text("-:--:-- left" if left is None else f"{_clock(max(0.0, left - (task.elapsed or at) + at))} left")
+        took = task.fields["took"]
+        left, since = _left(task.fields["event"], took), (task.elapsed or took) - took
+        return Text("-:--:-- left" if left is None else f"{_clock(max(0.0, left - since))} left")
 
 
 def _left(event: Event, seconds: float) -> float | None:
-    """Return the seconds left by the pace of a phase so far, or None if nothing is known."""
+    """Return the seconds left by the pace of a phase so far, or None before its first step."""
     made = event.done - event.earlier
     return seconds / made * (event.total - event.done) if event.total and made > 0 else None
 
@@ -132,11 +132,11 @@ class Bar:
             self._progress.console.print(event.phase, soft_wrap=True, highlight=False)
             return
         if not event.done:
-            self._tasks[event.phase] = self._progress.add_task(event.phase, total=event.total, event=event, at=0.0)
+            self._tasks[event.phase] = self._progress.add_task(event.phase, total=event.total, event=event, took=0.0)
         shown = self._tasks[event.phase]
         words = f"{event.phase}  {event.step}" if event.step else event.phase
-        at = next(task.elapsed or 0.0 for task in self._progress.tasks if task.id == shown)
-        self._progress.update(shown, completed=event.done, description=words, event=event, at=at)
+        took = next(task.elapsed or 0.0 for task in self._progress.tasks if task.id == shown)
+        self._progress.update(shown, completed=event.done, description=words, event=event, took=took)
         for task in self._progress.task_ids:
             self._progress.update(task, visible=task == shown)
 
@@ -175,7 +175,8 @@ class Lines:
         if event.total is None:
             return f"{event.done}"
         left = _left(event, time.monotonic() - self._began[event.phase])
-        return f"{event.done}/{event.total}" + (f", about {_clock(left)} left" if left else "")
+        said = "" if left is None or event.done == event.total else f", about {_clock(left)} left"
+        return f"{event.done}/{event.total}{said}"
 
     def _say(self, line: str) -> None:
         self._last = time.monotonic()
