@@ -7,28 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexprune._layerwise.allocation import measured
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.context import propagate
 from convexprune._layerwise.folder_store import ENDS, FolderStore
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.steps.survey import survey
+from convexprune._layerwise.steps.trials import Trials
 from convexprune._layerwise.store import BLOCKS, MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
 from convexprune.constraints import Constraint, Quantized, Unstructured, make_grid
 from convexprune.core import Moments
 from convexprune.core._allocation import choose
-from convexprune.errors import ModelError
+from convexprune.errors import ModelError, PatternError
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers import AbstractQuantizer
 from convexprune.quantizers._forecast import Forecast
 
-from ._allocating import GRADIENTS, WINDOWS
+from ._allocating import GRADIENTS, MEASURED, WINDOWS, added_divergences
 from ._discovery.operators import ParameterOperator
 from ._gradients import Fisher, loss_fisher
 from ._huggingface import HuggingFaceModel
 
 AT_ONCE = 2**24  # weights of an embedding that are quantized together
+LEAST_STEP = 0.07  # of the bytes: types of nearly equal bits differ by little else than noise
 DENSE = Unstructured(0.0)
 
 
@@ -71,6 +74,7 @@ class TypeChoice:
     batch_size: int
     ends: Sequence[str]  # names of embedding and head, if they get types
     quantizer: AbstractQuantizer
+    rule: str = "curve"  # or "measured"
 
     def types(
         self, store: FolderStore, pattern: Constraint, units: Mapping[tuple[str, ...], Mapping[str, int]], room: int
@@ -82,7 +86,13 @@ class TypeChoice:
         with store.scratch(0) as record:
             fisher = self._fisher(record)
             ends = self._judged(fisher, record)
-            surveyed = survey(self.model, self._batches, 0, pattern.ladder(0, 0), fisher.outputs, record=record)
+            trials = [Trials(_step(units, room), self._last)] if self.rule == "measured" else []
+            surveyed = survey(
+                self.model, self._batches, 0, pattern.ladder(0, 0), fisher.outputs, record=record, trials=trials
+            )
+            for trial in trials:
+                added = added_divergences(self.model, self._batches[-self._last :], trial)
+                surveyed = measured(surveyed, trial.patterns, added, trial.groups)
         fits = {name: sizes for names, sizes in units.items() for name in names}
         costs = {unit.name: {str(p.grid): cost for p, cost in unit.costs.items()} for unit in surveyed}
         costs |= {name: end.costs(fits[name]) for name, end in ends.items()}
@@ -108,6 +118,11 @@ class TypeChoice:
 
     def _fisher(self, record: Callable[[], Recorded]) -> Fisher:
         return loss_fisher(self.model, self.calibration[:GRADIENTS], self.batch_size, record)
+
+    @property
+    def _last(self) -> int:
+        """Batches whose divergence is measured."""
+        return max(1, MEASURED // self._batches[0].numel())
 
     @property
     def _batches(self) -> list[Tensor]:
@@ -152,6 +167,21 @@ class TypeChoice:
                 logits = self.model.logits(ids, hidden, positions).float()
                 frequency += logits.softmax(-1).sum((0, 1), dtype=torch.float64).cpu()
         return moments, frequency / frequency.sum()
+
+
+def _step(units: Mapping[tuple[str, ...], Mapping[str, int]], room: int) -> tuple[Constraint, Constraint]:
+    """Return the best type that all `units` can have within the `room`, and the next smaller one of fewer bits."""
+    common = set[str].intersection(*(set(sizes) for sizes in units.values()))
+    totals = sorted((sum(sizes[kind] for sizes in units.values()), kind) for kind in common)
+    if len(totals) < 2:
+        raise PatternError(
+            f"Allocation 'measured' compares two types for all operators, and {', '.join(common) or 'none'} fits all. "
+            "Take 'curve'."
+        )
+    number = max((i for i, (total, _) in enumerate(totals) if total <= room), default=0)
+    smaller = [i for i in range(number) if totals[i][0] < (1 - LEAST_STEP) * totals[number][0]]
+    other = smaller[-1] if smaller else number - 1 if number else 1
+    return on_grid(totals[number][1]), on_grid(totals[other][1])
 
 
 def on_grid(name: str) -> Constraint:

@@ -71,9 +71,9 @@ class Recipe(
                 "Leave refine out."
             )
         check_rule(self.allocation, pattern)
-        if self.quantize in FAMILIES and self.allocation != "curve":
+        if self.quantize in FAMILIES and self.allocation not in ("curve", "measured"):
             raise RecipeError(
-                f"quantize={self.quantize!r} chooses types by the loss (allocation='curve'). Leave allocation out."
+                f"allocation={self.allocation!r} chooses no types for quantize={self.quantize!r}: 'curve', 'measured'."
             )
         if self.allocation == "columns" and not issubclass(METHODS[self.method], AbstractSearch):
             raise RecipeError(

@@ -176,8 +176,9 @@ class Request:
         size = self.size
         assert size is not None
         room, pattern = self.target - size.fixed, self.recipe.build_pattern()
+        recipe = self.recipe
         choice = adapters.TypeChoice(
-            loaded, windows["calibration"], self.recipe.batch_size, size.ends, self.layers.quantizer
+            loaded, windows["calibration"], recipe.batch_size, size.ends, self.layers.quantizer, recipe.allocation
         )
         found = store.compute_once("types", lambda: choice.types(store, pattern, size.units, room))
         choice.tensors(store, found["types"])

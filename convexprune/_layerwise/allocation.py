@@ -122,8 +122,9 @@ def check_rule(rule: str, pattern: Constraint) -> None:
             f"Allocation 'columns' chooses whole columns by how much they move the loss, and pattern {pattern} has "
             "none to choose. Accepted: the patterns 'channels', 'heads' and 'columns'."
         )
-    spreads_zeros = pattern.continuous and pattern.share == pattern.sparsity
-    if rule == "measured" and (spreads_zeros or len(candidates(pattern)) < 2):
+    possible = candidates(pattern) if rule == "measured" else []
+    spreads_zeros = pattern.continuous and any(each.sparsity != pattern.sparsity for each in possible)
+    if rule == "measured" and (spreads_zeros or len(possible) < 2):
         raise RecipeError(
             f"Allocation 'measured' chooses an N of N:M or bits for every operator, and {pattern} has neither. "
             "Accepted: patterns like 4:8 and 2:4, and bits; else take 'half-curve' or 'uniform'."

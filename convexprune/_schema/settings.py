@@ -131,10 +131,10 @@ class TargetSettings(Settings):
         None,
         "How the zeros, or the bits, are spread. uniform: the same share in each operator. rows: that too, but its "
         "rows compete for it by how much they move the loss. columns: so do whole columns. curve: shares of least "
-        "predicted loss, after a survey (some five times SparseGPT); half-curve, half of the way; measured, for N:M "
-        "and bits, with costs corrected by the divergence of the pruned model. owl, skewness: by the scores of each "
-        "decoder layer. N:M takes uniform, curve, measured. Left out: for convex and admm rows if unstructured, quota "
-        "matrix; columns for channels, curve for bits; else uniform.",
+        "predicted loss, after a survey (some five times SparseGPT); half-curve, half of the way; measured, for N:M, "
+        "bits and types, with costs corrected by the divergence of the pruned model. owl, skewness: by the scores of "
+        "each decoder layer. N:M takes uniform, curve, measured. Left out: for convex and admm rows if unstructured, "
+        "quota matrix; columns for channels, curve for bits; else uniform.",
         choices=("uniform", "columns", "rows", "curve", "half-curve", "measured", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(

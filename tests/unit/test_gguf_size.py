@@ -24,7 +24,8 @@ from convexprune._api.calls import plan
 from convexprune._cli import app
 from convexprune._container.gguf_file import measure
 from convexprune._container.layouts import Size
-from convexprune.adapters import EMBEDDED
+from convexprune.adapters import EMBEDDED, on_grid
+from convexprune.adapters._types import _step
 from convexprune.core._allocation import choose
 from convexprune.errors import PatternError, RecipeError
 
@@ -105,13 +106,45 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
     assert "Take 'gguf'" in refused(source, quantize="q4_k", target="1MB")
     assert "give target (900MB, say)" in refused(source, quantize="gguf")
     assert "has no zero" in refused(source, target="1MB", sparsity=0.5)
-    assert "Leave allocation out" in refused(source, target="1MB", allocation="uniform")
+    assert "'curve', 'measured'" in refused(source, target="1MB", allocation="uniform")
     assert re.search("group_size=32 beside quantize='q4_k'.*Leave", refused(source, quantize="q4_k", group_size=32))
     asked: Any = RUN | {"target": (least + most) // 2, "sparsity": None}
     told = " ".join(plan(model=source, output_dir=tmp_path / "none", **asked).notes)
     assert f"{(least + most) // 2:,} bytes was asked for. Accepted: {least:,} " in told
     with pytest.raises(RecipeError, match="needs output_dir"):
         convexprune.prune(source, **RUN | {"target": most, "sparsity": None})
+
+
+def test_measured_types_are_better_where_a_step_adds_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = built("llama", tmp_path / "dense", torch.bfloat16)
+    size, kept = size_of(source), list[int]()  # of the first layer
+    for dearer in "01":
+
+        def added(model: Any, batches: Any, trial: Any, dearer: str = dearer) -> dict[str, float]:
+            assert trial.patterns[0].grid.bits > trial.patterns[1].grid.bits and set(trial.states) > {"pruned"}
+            names = {name for each in trial.groups.values() for name in each}
+            return {name: 1.0 if name.endswith(f"layers.{dearer}") else 0.01 for name in names}
+
+        monkeypatch.setattr("convexprune.adapters._types.added_divergences", added)
+        asked: Any = {"target": (size.least + size.most) // 2, "sparsity": None, "allocation": "measured"}
+        run = quantized(source, tmp_path / dearer, **asked)
+        tensors = record_of(run)["tensors"].items()
+        kept.append(sum(nbytes for name, (_, nbytes) in tensors if name.startswith("model.layers.0.")))
+    assert kept[0] > kept[1]
+
+
+def test_the_step_of_measured_types_is_between_types_that_all_can_have():
+    units = {("a", "b"): {"q8_0": 85, "q4_k": 45, "iq4_xs": 43, "q3_k": 34}, ("c",): {"q8_0": 17, "q4_0": 9}}
+    with pytest.raises(PatternError, match=r"compares two types for all operators, and q8_0 fits all\. Take 'curve'"):
+        _step(units, 100)
+    units["c",] = {kind: nbytes // 5 for kind, nbytes in units["a", "b"].items()}
+    for room, names in {
+        200: ("q8_0", "q4_k"),
+        60: ("q4_k", "q3_k"),
+        41: ("q3_k", "iq4_xs"),
+        1: ("q3_k", "iq4_xs"),
+    }.items():
+        assert _step(units, room) == tuple(map(on_grid, names))
 
 
 @pytest.mark.llamacpp

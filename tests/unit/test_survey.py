@@ -145,7 +145,7 @@ def test_what_cannot_be_allocated_is_refused():
     with pytest.raises(RecipeError, match="needs pattern unstructured"):
         make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owl"])
     for pattern in ("unstructured", "1:2", "channels"):
-        with pytest.raises(RecipeError, match="chooses an N of N:M or bits for every operator"):
+        with pytest.raises(RecipeError, match="chooses an N of N:M, bits or types for every operator"):
             make_variants(["wanda"], [0.5], [pattern], ["own"], allocations=["measured"])
     with pytest.raises(RecipeError, match="for N:M there are 'uniform', 'curve' and 'measured'"):
         make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["half-curve"])
