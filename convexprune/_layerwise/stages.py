@@ -31,6 +31,7 @@ class CorrectionTargets:
         corrected = [g for g in groups if g.token_aligned and g not in spared] if settings.correction > 0 else []
         ends = settings.error_target == "residual_stream" and observed.last_branch in corrected
         self._last_branch = observed.last_branch if ends else None
+        self._closing = observed.last_branch if settings.error_target == "residual_stream" else None
         self._outputs = observed.outputs
         self._inputs = {group: observed.inputs[group] for group in corrected if group is not self._last_branch}
         cheaper = () if settings.quantizer.input_errors else self._inputs
@@ -43,11 +44,16 @@ class CorrectionTargets:
     def is_last_branch(self, stage: Sequence[Group]) -> bool:
         return self._last_branch is not None and self._last_branch in stage
 
-    def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
-        """Return the error [samples tokens n], or [samples tokens m] in output space, at x* of batch i, if any.
+    def counted(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return x* of batch i and the error there [samples tokens n], or [samples tokens m] in output space, if any.
 
-        `output` is the layer's with x* and W, if the group is its last residual branch.
+        `output` is the layer's with x* and W, if the group is its last residual branch. The group that closes the
+        layer counts massive tokens less.
         """
+        error = self._of(group, i, x, output)
+        return without_massive(self._outputs[i].to(x.device), x, error) if group is self._closing else (x, error)
+
+    def _of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
         if group is self._last_branch:
             assert output is not None
             return self._outputs[i].to(x.device).float() - output.float()
@@ -55,6 +61,24 @@ class CorrectionTargets:
             return None
         change = self._inputs[group][i].to(x.device).float() - x.float()
         return change @ self._weights[group].to(change).T if group in self._weights else change
+
+
+MASSIVE = 10.0  # times the energy of a sample's median token
+
+
+def without_massive(stream: Tensor, x: Tensor, error: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return inputs [samples tokens n] and errors, less where a token of the stream [samples tokens hidden] is massive.
+
+    Such a token counts as `MASSIVE` median tokens of its sample. A norm follows the stream, so the loss sees errors
+    relative to a token's energy. The first token of a window can have a million times the energy of the others: the
+    few outputs that make it would fit nothing else (lab/tried.md).
+    """
+    energy = stream.float().square().mean(-1, keepdim=True)
+    most = MASSIVE * energy.median(1, keepdim=True).values
+    if not bool((energy > most).any()):
+        return x, error
+    factors = (most / energy).clamp_max(1).sqrt()
+    return x.float() * factors, None if error is None else error.float() * factors
 
 
 def width(group: Group) -> int:
@@ -141,10 +165,10 @@ def _gather(
                     seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
             for group, x in seen.items():
                 if group in by_group:
-                    d = lacking.of(group, i, x, output)
+                    counted, d = lacking.counted(group, i, x, output)
                     for rows, folds in by_group[group].values():
                         of_rows = d if d is None or not lacking.in_output_space(group) else d[..., rows]
-                        folds.add(x, of_rows, held_out)
+                        folds.add(counted, of_rows, held_out)
                 if group in kept:
                     put_away(x, kept[group])
                 if shared and not group.token_aligned:

@@ -1,0 +1,91 @@
+"""A token whose residual stream dwarfs all others: it counts for a few, so that the others are fitted, too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import SETTINGS
+from tiny_families import build_family
+
+import convexprune
+from convexprune._layerwise import stages
+from convexprune._layerwise.stages import MASSIVE, without_massive
+
+
+def test_a_massive_token_counts_for_a_few_median_tokens():
+    stream = torch.ones(2, 5, 3)
+    stream[0, 0] *= 1000
+    stream[1, 2] *= 3  # nine times the energy is not massive
+    x, error = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+    counted, lacking = without_massive(stream, x, error)
+    assert lacking is not None
+    expected = torch.ones(2, 5, 1)
+    expected[0, 0] = MASSIVE / 1000**2
+    torch.testing.assert_close((counted / x).square(), expected.expand_as(x))
+    torch.testing.assert_close((lacking / error).square(), expected.expand_as(error))
+    assert torch.equal(counted[1], x[1]) and torch.equal(counted[0, 1:], x[0, 1:])
+
+
+def test_without_a_massive_token_nothing_changes():
+    x = torch.randn(2, 5, 4, dtype=torch.bfloat16)
+    found, error = without_massive(torch.randn(2, 5, 3), x, None)
+    assert found is x and error is None
+
+
+@pytest.mark.parametrize("target", ["residual_stream", "operator"])
+def test_published_conventions_count_all_tokens_alike(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source, errors = with_a_massive_token(tmp_path / "dense"), list[float]()
+    for limit in (MASSIVE, float("inf")):
+        monkeypatch.setattr(stages, "MASSIVE", limit)
+        errors += [
+            o.relative_error for o in convexprune.prune(source, **ASKED | {"error_target": target}).report.operators
+        ]
+    half = len(errors) // 2
+    assert (errors[:half] == errors[half:]) == (target == "operator")
+
+
+WINDOWS = torch.randint(2, 128, (8, 24), generator=torch.Generator().manual_seed(0))
+WINDOWS[:, 5] = 1
+ASKED: Any = SETTINGS | {"dataset": WINDOWS, "num_calibration_samples": 8, "sparsity": 0.5}
+
+
+def with_a_massive_token(folder: Path) -> Path:
+    """Save a model whose first layer makes of token 1 what dwarfs all others."""
+    model = build_family("llama")
+    layer, embedding = model.model.layers[0], model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[:, 0] = layer.self_attn.o_proj.weight[0] = 0  # only the token itself is seen by the first inner unit
+        embedding[1, 0] = embedding[1].norm()
+        for operator in layer.mlp.gate_proj, layer.mlp.up_proj:
+            operator.weight[0] = 0
+            operator.weight[0, 0] = 10
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["convex", "sparsegpt"])
+def test_other_tokens_are_fitted_beside_a_massive_one(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = with_a_massive_token(tmp_path / "dense")
+    dense = convexprune.load(source)
+    with torch.no_grad():
+        expected = dense(WINDOWS, output_hidden_states=True).hidden_states[1]
+    energy = expected.square().mean(-1)
+    assert bool((energy[:, 5] > 1000 * energy.median(1).values).all())
+    others = WINDOWS != 1
+
+    def error_of_others() -> float:
+        pruned = convexprune.prune(source, **ASKED | {"method": method}).model
+        with torch.no_grad():
+            found = pruned(WINDOWS, output_hidden_states=True).hidden_states[1]
+        return float((found - expected)[others].square().sum() / expected[others].square().sum())
+
+    error = error_of_others()
+    monkeypatch.setattr(stages, "MASSIVE", float("inf"))
+    assert error < 0.8 * error_of_others()
+
+
+def test_a_run_with_a_massive_token_is_verified(tmp_path: Path):
+    source, run = with_a_massive_token(tmp_path / "dense"), tmp_path / "run"
+    convexprune.prune(source, output_dir=run, **ASKED)
+    assert convexprune.verify(run, dataset=WINDOWS).passed
