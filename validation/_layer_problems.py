@@ -118,7 +118,7 @@ def _watch(
             if lacking.is_last_branch([one]):
                 pruned = split_last_branch(sparse, other, calls(given), given)
                 output = pruned._replace(branch=one.input_hook.module(seen[other])).output
-            x, d = lacking.counted(one, i, seen[other], output)
+            x, d = lacking.of(one, i, seen[other], output)
             x = x.cpu()
             for _, rows, weights, total in totals[one]:
                 own = None if weights is None else weights[first : first + len(x)]

@@ -126,8 +126,8 @@ def check_rule(rule: str, pattern: Constraint) -> None:
     spreads_zeros = pattern.continuous and any(each.sparsity != pattern.sparsity for each in possible)
     if rule == "measured" and (spreads_zeros or len(possible) < 2):
         raise RecipeError(
-            f"Allocation 'measured' chooses an N of N:M or bits for every operator, and {pattern} has neither. "
-            "Accepted: patterns like 4:8 and 2:4, and bits; else take 'half-curve' or 'uniform'."
+            f"Allocation 'measured' chooses an N of N:M, bits or types for every operator, and {pattern} has none. "
+            "Accepted: patterns like 4:8 and 2:4, bits, and target; else take 'half-curve' or 'uniform'."
         )
     if rule not in ("uniform", "columns", "curve", "measured") and not pattern.continuous:
         raise RecipeError(

@@ -44,23 +44,20 @@ class CorrectionTargets:
     def is_last_branch(self, stage: Sequence[Group]) -> bool:
         return self._last_branch is not None and self._last_branch in stage
 
-    def counted(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return x* of batch i and the error there [samples tokens n], or [samples tokens m] in output space, if any.
 
         `output` is the layer's with x* and W, if the group is its last residual branch. The group that closes the
         layer counts massive tokens less.
         """
-        error = self._of(group, i, x, output)
-        return without_massive(self._outputs[i].to(x.device), x, error) if group is self._closing else (x, error)
-
-    def _of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
-        if group is self._last_branch:
-            assert output is not None
-            return self._outputs[i].to(x.device).float() - output.float()
+        if group is self._closing:
+            assert (output is None) == (self._last_branch is None)
+            stream = self._outputs[i].to(x.device).float()
+            return without_massive(stream, x, None if output is None else stream - output.float())
         if group not in self._inputs:
-            return None
+            return x, None
         change = self._inputs[group][i].to(x.device).float() - x.float()
-        return change @ self._weights[group].to(change).T if group in self._weights else change
+        return x, change @ self._weights[group].to(change).T if group in self._weights else change
 
 
 MASSIVE = 10.0  # times the energy of a sample's median token
@@ -73,7 +70,7 @@ def without_massive(stream: Tensor, x: Tensor, error: Tensor | None) -> tuple[Te
     relative to a token's energy. The first token of a window can have a million times the energy of the others: the
     few outputs that make it would fit nothing else (lab/tried.md).
     """
-    energy = stream.float().square().mean(-1, keepdim=True)
+    energy = stream.square().mean(-1, keepdim=True)
     most = MASSIVE * energy.median(1, keepdim=True).values
     if not bool((energy > most).any()):
         return x, error
@@ -165,7 +162,7 @@ def _gather(
                     seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
             for group, x in seen.items():
                 if group in by_group:
-                    counted, d = lacking.counted(group, i, x, output)
+                    counted, d = lacking.of(group, i, x, output)
                     for rows, folds in by_group[group].values():
                         of_rows = d if d is None or not lacking.in_output_space(group) else d[..., rows]
                         folds.add(counted, of_rows, held_out)
