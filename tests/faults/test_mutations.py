@@ -21,6 +21,7 @@ import test_foreign_solvers
 import test_gap
 import test_group_lasso
 import test_invariance
+import test_massive_tokens
 import test_moments
 import test_osscar
 import test_pattern
@@ -36,7 +37,7 @@ from hypothesis import Phase, settings
 
 from convexprune import constraints
 from convexprune._layerwise import capture as passes
-from convexprune._layerwise.stages import CorrectionTargets
+from convexprune._layerwise.stages import CorrectionTargets, without_massive
 from convexprune._layerwise.steps import measure as bounding
 from convexprune.adapters._channels import inner_channels
 from convexprune.constraints import Stacked, _budget
@@ -197,6 +198,8 @@ FAULTS = (
     Fault("a layer's error with the wrong sign", CorrectionTargets.of, "- output.float()", "+ output.float()",
           test_closing.test_its_error_is_that_of_the_layers_output,
           {"family": "llama", "prefix": "dense", "correction": 1.0}),
+    Fault("a massive token that counts in full", without_massive, ".clamp_max(1)", ".clamp_min(1)",
+          test_massive_tokens.test_a_massive_token_counts_for_a_few_median_tokens),
     Fault("an operator that closes a layer behind a norm", passes.is_last_branch,
           "torch.equal(last.output, call(layer.module, batch))", "True",
           test_closing.test_who_closes_a_layer_is_found, {"family": "gemma3_text", "settings": {}, "name": None}),
