@@ -13,6 +13,7 @@ from convexprune._layerwise.allocation import (
     SURVEYED,
     WEIGHED,
     ModelAllocation,
+    Unit,
     allocate_by_rule,
     candidates,
     further,
@@ -25,6 +26,7 @@ from convexprune._layerwise.settings import LayerSettings, TokenWeighting, loss_
 from convexprune._layerwise.steps.survey import survey
 from convexprune._layerwise.steps.trials import PRUNED, Trials
 from convexprune._progress import begin
+from convexprune.constraints import Constraint
 
 from ._data.likelihood import likelihoods
 from ._discovery.probing import ProbedModel, of_each_kind
@@ -72,9 +74,8 @@ def allocate_each(
     outputs, needs = _gradients(model, every, asked, batch_size, record)
     curves = [settings.pattern for rule, settings in asked if rule in SURVEYED]
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
-    last = max(1, MEASURED // (batch_size * every.shape[1]))
     trials = {
-        settings.pattern: Trials((settings.pattern, further(settings.pattern)), last)
+        settings.pattern: trial((settings.pattern, further(settings.pattern)), batch_size, every.shape[1])
         for rule, settings in asked
         if rule == "measured"
     }
@@ -85,10 +86,7 @@ def allocate_each(
         if is_surveyed
         else []
     )
-    units_of = {
-        pattern: measured(units, trial.patterns, added_divergences(model, batches[-last:], trial), trial.groups)
-        for pattern, trial in trials.items()
-    }
+    units_of = {pattern: followed(model, units, batches, steps) for pattern, steps in trials.items()}
     return [
         ModelAllocation({}, columns={key[0]: _rounded(needs[key]) for key in _blocks(model, settings)})
         if rule == "columns"
@@ -118,6 +116,16 @@ def _gradients(
         windows = every[: gradient_windows(weighed.pop(), length)]
         outputs = loss_fisher(model, windows, batch_size, record).outputs
     return outputs, needs
+
+
+def trial(steps: tuple[Constraint, Constraint], batch_size: int, length: int) -> Trials:
+    """Return networks that differ by a step, to be sent along on the last batches of windows of some `length`."""
+    return Trials(steps, max(1, MEASURED // (batch_size * length)))
+
+
+def followed(model: HuggingFaceModel, units: Sequence[Unit], batches: Sequence[Tensor], steps: Trials) -> list[Unit]:
+    """Return units whose costs follow the divergence of a trial."""
+    return measured(units, steps.patterns, added_divergences(model, batches[-steps.windows :], steps), steps.groups)
 
 
 def added_divergences(model: HuggingFaceModel, batches: Sequence[Tensor], trial: Trials) -> dict[str, float]:

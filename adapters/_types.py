@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convexprune._layerwise.allocation import measured
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.context import propagate
 from convexprune._layerwise.folder_store import ENDS, FolderStore
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.steps.survey import survey
-from convexprune._layerwise.steps.trials import Trials
 from convexprune._layerwise.store import BLOCKS, MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
@@ -25,7 +23,7 @@ from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers import AbstractQuantizer
 from convexprune.quantizers._forecast import Forecast
 
-from ._allocating import GRADIENTS, MEASURED, WINDOWS, added_divergences
+from ._allocating import GRADIENTS, WINDOWS, followed, trial
 from ._discovery.operators import ParameterOperator
 from ._gradients import Fisher, loss_fisher
 from ._huggingface import HuggingFaceModel
@@ -83,16 +81,16 @@ class TypeChoice:
 
         The `units` are operators that have a common type, with their bytes by type; there is `room` for so many.
         """
+        steps = [_step(units, room)] if self.rule == "measured" else []
+        trials = [trial(step, self.batch_size, self.calibration.shape[1]) for step in steps]
         with store.scratch(0) as record:
             fisher = self._fisher(record)
             ends = self._judged(fisher, record)
-            trials = [Trials(_step(units, room), self._last)] if self.rule == "measured" else []
             surveyed = survey(
                 self.model, self._batches, 0, pattern.ladder(0, 0), fisher.outputs, record=record, trials=trials
             )
-            for trial in trials:
-                added = added_divergences(self.model, self._batches[-self._last :], trial)
-                surveyed = measured(surveyed, trial.patterns, added, trial.groups)
+            for each in trials:
+                surveyed = followed(self.model, surveyed, self._batches, each)
         fits = {name: sizes for names, sizes in units.items() for name in names}
         costs = {unit.name: {str(p.grid): cost for p, cost in unit.costs.items()} for unit in surveyed}
         costs |= {name: end.costs(fits[name]) for name, end in ends.items()}
@@ -118,11 +116,6 @@ class TypeChoice:
 
     def _fisher(self, record: Callable[[], Recorded]) -> Fisher:
         return loss_fisher(self.model, self.calibration[:GRADIENTS], self.batch_size, record)
-
-    @property
-    def _last(self) -> int:
-        """Batches whose divergence is measured."""
-        return max(1, MEASURED // self._batches[0].numel())
 
     @property
     def _batches(self) -> list[Tensor]:
@@ -170,18 +163,18 @@ class TypeChoice:
 
 
 def _step(units: Mapping[tuple[str, ...], Mapping[str, int]], room: int) -> tuple[Constraint, Constraint]:
-    """Return the best type that all `units` can have within the `room`, and the next smaller one of fewer bits."""
+    """Return the best type that all `units` can have in the `room`, and the next smaller one; larger, if none is."""
     common = set[str].intersection(*(set(sizes) for sizes in units.values()))
     totals = sorted((sum(sizes[kind] for sizes in units.values()), kind) for kind in common)
-    if len(totals) < 2:
+    fitting = [each for each in totals if each[0] <= room] or totals[:1]
+    smaller = [kind for total, kind in totals if total < (1 - LEAST_STEP) * fitting[-1][0]]
+    larger = [kind for total, kind in totals if total > (1 + LEAST_STEP) * fitting[-1][0]]
+    if not smaller + larger:
         raise PatternError(
-            f"Allocation 'measured' compares two types for all operators, and {', '.join(common) or 'none'} fits all. "
-            "Take 'curve'."
+            "Allocation 'measured' needs types of two sizes: it compares two types for all operators, and "
+            f"{' or '.join(sorted(common)) or 'none'} fits all. Take 'curve'."
         )
-    number = max((i for i, (total, _) in enumerate(totals) if total <= room), default=0)
-    smaller = [i for i in range(number) if totals[i][0] < (1 - LEAST_STEP) * totals[number][0]]
-    other = smaller[-1] if smaller else number - 1 if number else 1
-    return on_grid(totals[number][1]), on_grid(totals[other][1])
+    return on_grid(fitting[-1][1]), on_grid([*smaller[-1:], *larger][0])
 
 
 def on_grid(name: str) -> Constraint:

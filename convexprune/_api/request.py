@@ -173,10 +173,9 @@ class Request:
 
     def _choose_types(self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore) -> None:
         """Choose the type of every operator, and of embedding and head, which are quantized now."""
-        size = self.size
+        size, recipe = self.size, self.recipe
         assert size is not None
-        room, pattern = self.target - size.fixed, self.recipe.build_pattern()
-        recipe = self.recipe
+        room, pattern = self.target - size.fixed, recipe.build_pattern()
         choice = adapters.TypeChoice(
             loaded, windows["calibration"], recipe.batch_size, size.ends, self.layers.quantizer, recipe.allocation
         )

@@ -122,9 +122,9 @@ def check_rule(rule: str, pattern: Constraint) -> None:
             f"Allocation 'columns' chooses whole columns by how much they move the loss, and pattern {pattern} has "
             "none to choose. Accepted: the patterns 'channels', 'heads' and 'columns'."
         )
-    possible = candidates(pattern) if rule == "measured" else []
-    spreads_zeros = pattern.continuous and any(each.sparsity != pattern.sparsity for each in possible)
-    if rule == "measured" and (spreads_zeros or len(possible) < 2):
+    ladder = candidates(pattern) if rule == "measured" else []
+    spreads_zeros = pattern.continuous and any(each.sparsity != pattern.sparsity for each in ladder)
+    if rule == "measured" and (spreads_zeros or len(ladder) < 2):
         raise RecipeError(
             f"Allocation 'measured' chooses an N of N:M, bits or types for every operator, and {pattern} has none. "
             "Accepted: patterns like 4:8 and 2:4, bits, and target; else take 'half-curve' or 'uniform'."

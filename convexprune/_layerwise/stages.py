@@ -67,8 +67,8 @@ def without_massive(stream: Tensor, x: Tensor, error: Tensor | None) -> tuple[Te
     """Return inputs [samples tokens n] and errors, less where a token of the stream [samples tokens hidden] is massive.
 
     Such a token counts as `MASSIVE` median tokens of its sample. A norm follows the stream, so the loss sees errors
-    relative to a token's energy. The first token of a window can have a million times the energy of the others: the
-    few outputs that make it would fit nothing else (lab/tried.md).
+    relative to a token's energy. The first token of a window can have 60,000 times the energy of the others: without
+    this, the outputs that make it fit nothing else (lab/tried.md).
     """
     energy = stream.square().mean(-1, keepdim=True)
     most = MASSIVE * energy.median(1, keepdim=True).values

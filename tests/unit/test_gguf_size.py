@@ -125,7 +125,7 @@ def test_measured_types_are_better_where_a_step_adds_more(tmp_path: Path, monkey
             names = {name for each in trial.groups.values() for name in each}
             return {name: 1.0 if name.endswith(f"layers.{dearer}") else 0.01 for name in names}
 
-        monkeypatch.setattr("convexprune.adapters._types.added_divergences", added)
+        monkeypatch.setattr("convexprune.adapters._allocating.added_divergences", added)
         asked: Any = {"target": (size.least + size.most) // 2, "sparsity": None, "allocation": "measured"}
         run = quantized(source, tmp_path / dearer, **asked)
         tensors = record_of(run)["tensors"].items()
@@ -138,13 +138,11 @@ def test_the_step_of_measured_types_is_between_types_that_all_can_have():
     with pytest.raises(PatternError, match=r"compares two types for all operators, and q8_0 fits all\. Take 'curve'"):
         _step(units, 100)
     units["c",] = {kind: nbytes // 5 for kind, nbytes in units["a", "b"].items()}
-    for room, names in {
-        200: ("q8_0", "q4_k"),
-        60: ("q4_k", "q3_k"),
-        41: ("q3_k", "iq4_xs"),
-        1: ("q3_k", "iq4_xs"),
-    }.items():
-        assert _step(units, room) == tuple(map(on_grid, names))
+    steps = {200: "q8_0 q4_k", 60: "q4_k q3_k", 41: "q3_k iq4_xs", 1: "q3_k iq4_xs"}
+    for room, names in steps.items():
+        assert _step(units, room) == tuple(map(on_grid, names.split()))
+    with pytest.raises(PatternError, match=r"types of two sizes.* and iq4_nl or q4_0 fits all"):
+        _step({("a",): {"q4_0": 45, "iq4_nl": 45}}, 50)
 
 
 @pytest.mark.llamacpp

@@ -24,7 +24,7 @@ class Trials:
     """
 
     def __init__(self, patterns: tuple[Constraint, Constraint], windows: int) -> None:
-        self.patterns, self._windows = patterns, windows
+        self.patterns, self.windows = patterns, windows
         self.groups = dict[str, tuple[str, str]]()
         self.dense: Sequence[Tensor] = ()
         self.states = dict[str, Sequence[Tensor]]()
@@ -32,7 +32,7 @@ class Trials:
     def visit(self, context: LayerContext, weights: Weights) -> None:
         """Send all networks through a layer with its `weights`, and leave the layer dense."""
         layer, every = context.layer, context.inputs["dense"]
-        last = [every[i] for i in range(max(0, len(every) - self._windows), len(every))]
+        last = [every[i] for i in range(max(0, len(every) - self.windows), len(every))]
         dense = {operator: operator.read().clone() for operator in layer.operators}
         pruned = {**dense, **weights[self.patterns[0]]}  # where a pattern does not fit, nothing changes
         further = {**pruned, **weights[self.patterns[1]]}
