@@ -29,9 +29,8 @@ class CorrectionTargets:
     ) -> None:
         spared = () if settings.quantizer.corrects_last else layer.stages[-1]
         corrected = [g for g in groups if g.token_aligned and g not in spared] if settings.correction > 0 else []
-        ends = settings.error_target == "residual_stream" and observed.last_branch in corrected
-        self._last_branch = observed.last_branch if ends else None
         self._closing = observed.last_branch if settings.error_target == "residual_stream" else None
+        self._last_branch = self._closing if self._closing in corrected else None
         self._outputs = observed.outputs
         self._inputs = {group: observed.inputs[group] for group in corrected if group is not self._last_branch}
         cheaper = () if settings.quantizer.input_errors else self._inputs
