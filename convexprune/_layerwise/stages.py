@@ -69,12 +69,18 @@ def without_massive(stream: Tensor, x: Tensor, error: Tensor | None) -> tuple[Te
     relative to a token's energy. The first token of a window can have 60,000 times the energy of the others: without
     this, the outputs that make it fit nothing else (lab/tried.md).
     """
-    energy = stream.square().mean(-1, keepdim=True)
-    most = MASSIVE * energy.median(1, keepdim=True).values
-    if not bool((energy > most).any()):
+    counted = counted_less(stream)
+    if counted is None:
         return x, error
-    factors = (most / energy).clamp_max(1).sqrt()
+    factors = counted.sqrt()[..., None]
     return x.float() * factors, None if error is None else error.float() * factors
+
+
+def counted_less(stream: Tensor) -> Tensor | None:
+    """Return weights [samples tokens], below 1 for massive tokens of a stream [samples tokens hidden], if it has any."""
+    energy = stream.square().mean(-1)
+    most = MASSIVE * energy.median(1, keepdim=True).values
+    return (most / energy).clamp_max(1) if bool((energy > most).any()) else None
 
 
 def width(group: Group) -> int:

@@ -27,7 +27,7 @@ def stack_steps(settings: LayerSettings, on_operator: OnOperator) -> list[Abstra
 
 def layer_steps(settings: LayerSettings, on_operator: OnOperator) -> list[AbstractLayerStep | AbstractStackStep]:
     removal = [] if settings.emptied is None else [Remove(settings.emptied)]
-    return [Observe(settings.error_target), *removal, *stack_steps(settings, on_operator)]
+    return [Observe((settings.error_target,)), *removal, *stack_steps(settings, on_operator)]
 
 
 @dataclass(frozen=True, eq=False)

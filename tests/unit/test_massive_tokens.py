@@ -11,6 +11,10 @@ from tiny_families import build_family
 import convexprune
 from convexprune._layerwise import stages
 from convexprune._layerwise.stages import MASSIVE, without_massive
+from convexprune._layerwise.steps.survey import survey
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._gradients import loss_fisher
+from convexprune.constraints import Unstructured
 
 WINDOWS = torch.randint(2, 128, (8, 24), generator=torch.Generator().manual_seed(0))
 WINDOWS[:, 5] = 1
@@ -83,6 +87,26 @@ def test_other_tokens_are_fitted_beside_a_massive_one(method: str, tmp_path: Pat
     error = error_of_others()
     monkeypatch.setattr(stages, "MASSIVE", float("inf"))
     assert error < 0.8 * error_of_others()
+
+
+@pytest.mark.parametrize("target", ["residual_stream", "operator"])
+def test_a_refined_layer_counts_it_less_likewise(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source, errors = with_a_massive_token(tmp_path / "dense"), list[float]()
+    for limit in (MASSIVE, float("inf")):
+        monkeypatch.setattr(stages, "MASSIVE", limit)
+        run = convexprune.prune(source, **ASKED | {"method": "magnitude", "error_target": target, "refine": "layer"})
+        errors.append(next(iter(run.report.operators)).facts["refine_error_before"])
+    assert (errors[0] == errors[1]) == (target == "operator")
+
+
+def test_the_cost_of_zeros_counts_it_less_where_a_layer_closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = HuggingFaceModel(convexprune.load(with_a_massive_token(tmp_path / "dense")))
+    fisher, half = loss_fisher(model, WINDOWS).outputs, Unstructured(0.5)
+    capped = survey(model, WINDOWS.split(1), 0, [half], fisher)
+    monkeypatch.setattr(stages, "MASSIVE", float("inf"))
+    plain = survey(model, WINDOWS.split(1), 0, [half], fisher)
+    changed = {one.name for one, other in zip(capped, plain, strict=True) if one.costs != other.costs}
+    assert changed == {f"{layer.name}.mlp.down_proj" for layer in model.layers}
 
 
 def test_a_run_with_a_massive_token_is_verified(tmp_path: Path):

@@ -65,7 +65,7 @@ def layer_of(family: str, prefix: str = "dense") -> LayerContext:
 def run(context: LayerContext, settings: LayerSettings, *steps: Any) -> dict[str, OperatorReport]:
     """Observe, take the steps, and measure."""
     reports = list[OperatorReport]()
-    Pipeline(settings, [Observe(settings.error_target), *steps, Measure(reports.append)])(context)
+    Pipeline(settings, [Observe((settings.error_target,)), *steps, Measure(reports.append)])(context)
     return {report.name.removeprefix(f"{context.layer.name}."): report for report in reports}
 
 

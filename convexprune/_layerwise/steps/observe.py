@@ -1,5 +1,6 @@
 """The first steps: the pass of the dense layer, and removals before pruning."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,11 +14,11 @@ from convexprune._layerwise.settings import Emptied
 class Observe(AbstractLayerStep):
     """Run the dense layer. Its outputs enter the next layer, which a second worker can then begin."""
 
-    error_target: ErrorTarget = "operator"
+    error_targets: Collection[ErrorTarget] = ("operator",)
     edits: ClassVar[bool] = False
 
     def __call__(self, context: LayerContext) -> None:
-        context.observe((self.error_target,))
+        context.observe(self.error_targets)
         if not context.is_last:
             context.hand_on(context.observed.outputs)
 

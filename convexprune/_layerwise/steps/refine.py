@@ -14,6 +14,7 @@ from convexprune._layerwise.layer_error import Kept, LayerError, OnGrid, Values
 from convexprune._layerwise.model import AbstractOperator, Call, Group
 from convexprune._layerwise.pipeline import AbstractLayerStep
 from convexprune._layerwise.settings import LayerSettings, Refinement
+from convexprune._layerwise.stages import counted_less
 from convexprune.constraints import Grid
 
 
@@ -63,11 +64,20 @@ def _errors(context: LayerContext, settings: LayerSettings, halves: bool) -> Ite
     last = context.layer.operators[-1].name if operators else ""
     weights = settings.token_weights.get(f"{context.layer.name}.{last}")
     batches = () if weights is None or not inputs else weights.split(len(inputs[0]))
+
+    def target(i: int) -> Tensor:
+        return outputs[i].to(device).float()
+
+    def weights_of(i: int) -> Tensor | None:
+        given = batches[i] if i < len(batches) else None
+        massive = counted_less(target(i)) if settings.error_target == "residual_stream" else None
+        return given if massive is None else massive if given is None else given.to(massive) * massive
+
     whole = LayerError(
         context.layer.module, context.calls, {}, {}, inputs,
-        lambda i: outputs[i].to(device).float(),
-        lambda i: outputs[i].to(device).float() - dense[i].to(device).float(),
-        lambda i: batches[i] if i < len(batches) else None,
+        target,
+        lambda i: target(i) - dense[i].to(device).float(),
+        weights_of,
         ranks=context.ranks,
     )  # fmt: skip
     if halves and context.observed.cached:

@@ -45,17 +45,17 @@ def survey(
 
     A single decoder layer is in memory. A cost is 1/2 sum_i f_i mean (delta y_i)^2 with the `fisher` f_i [m] of
     outputs, the Gauss-Newton estimate of the loss with a diagonal metric, in nats per token, comparable across
-    layers. The error is on held-out windows, or on all without held-out windows. The cost of bits alone is forecast
-    from all windows (`convexprune.quantizers._forecast`). The default pruner is SparseGPT: quick, and only the shape
-    of a curve matters. The weights serve `trials`, too.
+    layers. Massive tokens count less where a layer closes, as in a run. The error is on held-out windows, or on all
+    without held-out windows. The cost of bits alone is forecast from all windows (`convexprune.quantizers._forecast`).
+    The default pruner is SparseGPT: quick, and only the shape of a curve matters. The weights serve `trials`, too.
     """
     pruner, units = pruner or SparseGPT(), list[Unit]()
-    settings = LayerSettings(pruner, DENSE, correction=0)
+    settings = LayerSettings(pruner, DENSE, correction=0, error_target="residual_stream")
 
     def step(context: LayerContext) -> None:
         context.held_out = held_out
         costs = Survey(patterns, fisher, {pattern for trial in trials for pattern in trial.patterns})
-        Pipeline(settings, [Observe(), costs])(context)
+        Pipeline(settings, [Observe(("operator", "residual_stream")), costs])(context)
         units.extend(costs.units())
         for trial in trials:
             trial.visit(context, costs.weights)
