@@ -77,7 +77,7 @@ def without_massive(stream: Tensor, x: Tensor, error: Tensor | None) -> tuple[Te
 
 
 def counted_less(stream: Tensor) -> Tensor | None:
-    """Return weights [samples tokens], below 1 for massive tokens of a stream [samples tokens hidden], if it has any."""
+    """Return weights [samples tokens], below 1 for massive tokens, if a stream [samples tokens hidden] has any."""
     energy = stream.square().mean(-1)
     most = MASSIVE * energy.median(1, keepdim=True).values
     return (most / energy).clamp_max(1) if bool((energy > most).any()) else None
