@@ -44,9 +44,9 @@ OnProgress = Callable[[Event], None]
 
 
 class Step(Protocol):
-    """A function to call as a step is done."""
+    """A function to call as a step is done, or as one that takes as long as several."""
 
-    def __call__(self, step: str = "", report: Any = None) -> None: ...
+    def __call__(self, step: str = "", report: Any = None, steps: int = 1) -> None: ...
 
 
 _follower: ContextVar[OnProgress | None] = ContextVar("follower", default=None)
@@ -76,9 +76,9 @@ def begin(phase: str, total: int | None = None, earlier: int = 0) -> Step:
     """Report that a phase begins. Without a follower, events go to the log `convexprune` at level INFO."""
     tell, done = _follower.get() or logger.info, 0
 
-    def step(step: str = "", report: Any = None) -> None:
+    def step(step: str = "", report: Any = None, steps: int = 1) -> None:
         nonlocal done
-        done += 1
+        done += steps
         tell(Event(phase, done, total, step, report, earlier))
 
     tell(Event(phase, 0, total, earlier=earlier))

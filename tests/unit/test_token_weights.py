@@ -12,6 +12,7 @@ from torch import Tensor
 
 import convexprune
 from convexprune._layerwise.settings import SINK, TokenWeighting, loss_weights, sink_weights
+from convexprune._progress import Event, followed_by
 from convexprune.adapters import HuggingFaceModel, load
 from convexprune.adapters import _allocating as adapter
 from convexprune.adapters import _gradients as gradients
@@ -99,7 +100,13 @@ def test_verify_measures_the_weighted_errors_again(dense: Path, tmp_path: Path):
 @pytest.mark.parametrize("streams", [True, False])
 def test_loss_weights_follow_the_squared_gradients_of_tokens(dense: Path, streams: bool, monkeypatch):
     monkeypatch.setattr(gradients, "TOGETHER", 40)  # two windows at once, so that three parts are read
-    found = token_weights(load(dense, device="cpu", stream=streams), TokenWeighting("loss", 0.75), TOKENS, 2)
+    source, events = load(dense, device="cpu", stream=streams), list[Event]()
+    with followed_by(events.append):
+        found = token_weights(source, TokenWeighting("loss", 0.75), TOKENS, 2)
+    parts, ahead, back = 3, range(1, 5), range(4 + gradients.BACKWARD, 4 + 5 * gradients.BACKWARD, gradients.BACKWARD)
+    whole = back[-1]
+    done = [part * whole + step for part in range(parts) for step in (*ahead, *back)]
+    assert [(event.done, event.total) for event in events] == [(step, parts * whole) for step in (0, *done)]
     model, name = load(dense, device="cpu").model, "model.layers.2.self_attn.v_proj"
     squares = []
 
