@@ -79,8 +79,9 @@ def without_massive(stream: Tensor, x: Tensor, error: Tensor | None) -> tuple[Te
 def counted_less(stream: Tensor) -> Tensor | None:
     """Return weights [samples tokens], below 1 for massive tokens, if a stream [samples tokens hidden] has any."""
     energy = stream.square().mean(-1)
-    most = MASSIVE * energy.median(1, keepdim=True).values
-    return (most / energy).clamp_max(1) if bool((energy > most).any()) else None
+    typical = energy.where(energy > 0, torch.nan).nanmedian(1, keepdim=True).values  # padding may be zero
+    is_massive = energy > MASSIVE * typical
+    return (MASSIVE * typical / energy).where(is_massive, 1.0) if bool(is_massive.any()) else None
 
 
 def width(group: Group) -> int:

@@ -10,7 +10,7 @@ from tiny_families import build_family
 
 import convexprune
 from convexprune._layerwise import stages
-from convexprune._layerwise.stages import MASSIVE, without_massive
+from convexprune._layerwise.stages import MASSIVE, counted_less, without_massive
 from convexprune._layerwise.steps.survey import survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._gradients import loss_fisher
@@ -48,6 +48,16 @@ def test_its_weight():
     torch.testing.assert_close((counted / x).square(), expected.expand_as(x))
     torch.testing.assert_close((lacking / error).square(), expected.expand_as(error))
     assert torch.equal(counted[1], x[1]) and torch.equal(counted[0, 1:], x[0, 1:])
+
+
+def test_tokens_without_energy_are_not_the_measure():
+    """Most of a sample may be padding, whose stream can be zero."""
+    stream = torch.zeros(2, 7, 3)
+    stream[0, 4:] = 1
+    stream[0, 6] = 100
+    counted = counted_less(stream)
+    assert counted is not None and counted.tolist() == [[1] * 6 + [pytest.approx(MASSIVE / 100**2)], [1] * 7]
+    assert counted_less(torch.zeros(2, 7, 3)) is None
 
 
 def test_without_a_massive_token_nothing_changes():
