@@ -24,7 +24,7 @@ from ._huggingface import HuggingFaceModel
 
 WITHOUT = "leave gradients out (allocation='uniform', token_weights='none')"
 TOGETHER = 32768  # tokens whose inputs of all layers lie on the disk while a model that streams is differentiated
-BACKWARD = 3  # times the forward pass of a layer: that pass again, and products with the transposes
+BACKWARD = 2  # times the forward pass of a layer: that pass again, and the products back; a third for `blocks`
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +64,15 @@ def loss_fisher(
     together = max(1, TOGETHER // (batch_size * tokens.shape[1])) if model.streams else 1  # which reads layers again
     parts = [batches[first : first + together] for first in range(0, len(batches), together)]
     count, embedding = len(model.layers), torch.zeros((), dtype=torch.float64)
-    on_layer = begin("gradients", (1 + BACKWARD) * len(parts) * count)
+    steps = BACKWARD + bool(blocks)
+    on_layer = begin("gradients", (1 + steps) * len(parts) * count)
     for part in parts:
         states = MemoryStore(range(count), record, keep=True)
         LayerWalk(model, part, states, on_layer=on_layer, calls=calls).run(propagate)
         with _differentiable("What follows the decoder layers"), widened(model.device, model.model.dtype):
             gradients = [_loss_gradient(model, ids, x) for ids, x in zip(part, states.take(count), strict=True)]
         backward = _Backward(gradients, squares)
-        LayerWalk(model, part, states.backward(), on_layer=partial(on_layer, steps=BACKWARD), calls=calls).run(backward)
+        LayerWalk(model, part, states.backward(), on_layer=partial(on_layer, steps=steps), calls=calls).run(backward)
         embedding = embedding + sum(each.double().square().sum((0, 1)).cpu() for each in backward.gradients)
     for name, total in reversed(squares.sums.items()):  # it is not finite from there back
         if not bool(total.isfinite().all()):

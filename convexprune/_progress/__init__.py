@@ -44,7 +44,7 @@ OnProgress = Callable[[Event], None]
 
 
 class Step(Protocol):
-    """A function to call as a step is done, or as one that takes as long as several."""
+    """A function to call as a step is done. A step that takes as long as several counts as so many."""
 
     def __call__(self, step: str = "", report: Any = None, steps: int = 1) -> None: ...
 
