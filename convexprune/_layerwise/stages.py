@@ -69,14 +69,14 @@ def without_massive(stream: Tensor, x: Tensor, error: Tensor | None) -> tuple[Te
     relative to a token's energy. The first token of a window can have 60,000 times the energy of the others: without
     this, the outputs that make it fit nothing else (lab/tried.md).
     """
-    counted = counted_less(stream)
-    if counted is None:
+    weights = massive_token_weights(stream)
+    if weights is None:
         return x, error
-    factors = counted.sqrt()[..., None]
+    factors = weights.sqrt()[..., None]
     return x.float() * factors, None if error is None else error.float() * factors
 
 
-def counted_less(stream: Tensor) -> Tensor | None:
+def massive_token_weights(stream: Tensor) -> Tensor | None:
     """Return weights [samples tokens], below 1 for massive tokens, if a stream [samples tokens hidden] has any."""
     energy = stream.square().mean(-1)
     typical = energy.where(energy > 0, torch.nan).nanmedian(1, keepdim=True).values  # padding may be zero

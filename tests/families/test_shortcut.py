@@ -156,7 +156,7 @@ def test_a_survey_runs_each_layer_once(monkeypatch: pytest.MonkeyPatch):
         return [(unit.name, unit.costs, unit.outliers, unit.skewness) for unit in found]
 
     once = surveyed()
-    found = 1 + 2  # once to see how it is called, twice to see what closes it: on a single window
-    assert len(runs) == found + 5
+    looks = 1 + 2  # once to see how it is called, twice to see what closes it: on a single window
+    assert len(runs) == looks + 5
     monkeypatch.setattr(LayerContext, "begin_pass", lambda *_: None)
-    assert once == surveyed() and len(runs) == 2 * (found + 5) + 4 * 5  # and once for each stage
+    assert once == surveyed() and len(runs) == 2 * (looks + 5) + 4 * 5  # and once for each stage

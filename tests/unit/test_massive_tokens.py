@@ -5,16 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from layer_contexts import context_of, pruned
 from runs import SETTINGS
 from tiny_families import build_family
 
 import convexprune
 from convexprune._layerwise import stages
-from convexprune._layerwise.stages import MASSIVE, counted_less, without_massive
+from convexprune._layerwise.settings import LayerSettings, Refinement, sink_weights
+from convexprune._layerwise.stages import MASSIVE, massive_token_weights, without_massive
 from convexprune._layerwise.steps.survey import survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._gradients import loss_fisher
 from convexprune.constraints import Unstructured
+from convexprune.pruners import Magnitude
 
 WINDOWS = torch.randint(2, 128, (8, 24), generator=torch.Generator().manual_seed(0))
 WINDOWS[:, 5] = 1
@@ -55,9 +58,9 @@ def test_tokens_without_energy_are_not_the_measure():
     stream = torch.zeros(2, 7, 3)
     stream[0, 4:] = 1
     stream[0, 6] = 100
-    counted = counted_less(stream)
+    counted = massive_token_weights(stream)
     assert counted is not None and counted.tolist() == [[1] * 6 + [pytest.approx(MASSIVE / 100**2)], [1] * 7]
-    assert counted_less(torch.zeros(2, 7, 3)) is None
+    assert massive_token_weights(torch.zeros(2, 7, 3)) is None
 
 
 def test_without_a_massive_token_nothing_changes():
@@ -89,9 +92,9 @@ def test_other_tokens_are_fitted_beside_a_massive_one(method: str, tmp_path: Pat
     others = WINDOWS != 1
 
     def error_of_others() -> float:
-        pruned = convexprune.prune(source, **ASKED | {"method": method}).model
+        model = convexprune.prune(source, **ASKED | {"method": method}).model
         with torch.no_grad():
-            found = pruned(WINDOWS, output_hidden_states=True).hidden_states[1]
+            found = model(WINDOWS, output_hidden_states=True).hidden_states[1]
         return float((found - expected)[others].square().sum() / expected[others].square().sum())
 
     error = error_of_others()
@@ -107,6 +110,21 @@ def test_a_refined_layer_counts_it_less_likewise(target: str, tmp_path: Path, mo
         run = convexprune.prune(source, **ASKED | {"method": "magnitude", "error_target": target, "refine": "layer"})
         errors.append(next(iter(run.report.operators)).facts["refine_error_before"])
     assert (errors[0] == errors[1]) == (target == "operator")
+
+
+def test_a_refined_layer_multiplies_it_with_other_weights_of_tokens(tmp_path: Path):
+    context = context_of(HuggingFaceModel(convexprune.load(with_a_massive_token(tmp_path / "dense"))), WINDOWS, batch=2)
+    layer, given = context.layer, sink_weights(8, 24, 0.5)
+    settings = LayerSettings(
+        Magnitude(), Unstructured(0.5), error_target="residual_stream", refinement=Refinement.parse("layer"),
+        token_weights={f"{layer.name}.{layer.operators[-1].name}": given},
+    )  # fmt: skip
+    report = pruned(context, settings)[0]
+    now, dense = torch.cat(list(context.outputs())), torch.cat(list(context.observed.outputs))
+    massive, added = massive_token_weights(dense), dense - torch.cat(list(context.inputs["dense"]))
+    assert massive is not None
+    errors, energies = ((massive * given * each.square().sum(-1)).sum() for each in (now - dense, added))
+    assert report.facts["refine_error"] == pytest.approx(float(errors / energies), rel=1e-4)
 
 
 def test_the_cost_of_zeros_counts_it_less_where_a_layer_closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from convexprune._layerwise.layer_error import Kept, LayerError, OnGrid, Values
 from convexprune._layerwise.model import AbstractOperator, Call, Group
 from convexprune._layerwise.pipeline import AbstractLayerStep
 from convexprune._layerwise.settings import LayerSettings, Refinement
-from convexprune._layerwise.stages import counted_less
+from convexprune._layerwise.stages import massive_token_weights
 from convexprune.constraints import Grid
 
 
@@ -69,9 +70,10 @@ def _errors(context: LayerContext, settings: LayerSettings, halves: bool) -> Ite
         return outputs[i].to(device).float()
 
     def weights_of(i: int) -> Tensor | None:
-        given = batches[i] if i < len(batches) else None
-        massive = counted_less(target(i)) if settings.error_target == "residual_stream" else None
-        return given if massive is None else massive if given is None else given.to(massive) * massive
+        each = [batches[i].to(device)] if i < len(batches) else []
+        massive = massive_token_weights(target(i)) if settings.error_target == "residual_stream" else None
+        each += [] if massive is None else [massive]
+        return reduce(torch.mul, each) if each else None
 
     whole = LayerError(
         context.layer.module, context.calls, {}, {}, inputs,
