@@ -5,7 +5,7 @@ from convexprune.core._certificate import Certificate, certify
 from convexprune.core._concave import MCP, SCAD
 from convexprune.core._elastic_net import ElasticNet
 from convexprune.core._group_lasso import GroupLasso, RowGroups
-from convexprune.core._moments import ErrorMoments, Moments, sampling_noise
+from convexprune.core._moments import ErrorMoments, Moments, burstiness, sampling_noise
 from convexprune.core._nuclear import Blocks, NuclearNorm
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem

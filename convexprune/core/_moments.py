@@ -271,3 +271,15 @@ def sampling_noise(folds: Sequence[Moments]) -> float:
     signal = mean.div_(outer).fill_diagonal_(0).square_().sum()
     noise = first.sub_(second).div_(outer).fill_diagonal_(0).square_().sum() / 4
     return float((noise / signal).clamp(0, 0.99)) if signal > 0 else 0.0
+
+
+def burstiness(folds: Sequence[Moments]) -> float:
+    """Estimate how unevenly tokens share the energy of an input: about (kurtosis - 1) / 2 of a typical one.
+
+    It is the median over live inputs of tokens ((a - b) / (a + b))^2, with the energies a, b of an input in two
+    disjoint halves of the tokens. Inputs that fire rarely have much of it, and inputs that follow a subject.
+    """
+    first, second = (fold.sum.diagonal() / fold.tokens for fold in folds)
+    live = first + second > 0
+    differences = ((first - second) / (first + second))[live]
+    return float(differences.square().median()) * sum(fold.tokens for fold in folds) if len(differences) else 0.0

@@ -62,6 +62,14 @@ class LayerProblem:
         """Mask [n] of inputs that are always zero: their weights change no output."""
         return self.moments.sum.diagonal() == 0
 
+    @cached_property
+    def typical_energy(self) -> float:
+        """The geometric mean of the energies H_jj of live inputs: a massive activation hardly moves that."""
+        energies = self.quadratic.gram.diagonal()
+        largest = energies.max()
+        ratios = (energies[energies > 0] / largest).log().mean().exp()  # the same bits in units of any power of two
+        return float(ratios * largest) if largest > 0 else 0.0
+
     def operators(self) -> list["LayerProblem"]:
         """Split the stack into a problem per operator."""
         return [self.rows(rows, own) for rows, own in self.pattern.parts(len(self.weight))]
@@ -97,21 +105,24 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class Damping:
-    """A pull towards the dense weight,  1/2 sum_i (V - W)_i (S (ridge I + saturating P) S + prior I) (V - W)_i'.
+    """A pull towards the dense weight,  1/2 sum_i (V - W)_i (E (ridge I + saturating P) E + prior I) (V - W)_i'.
 
-    S = sqrt(diag H). P = I - k (C + k I)^-1, with the correlations C = S^-1 H S^-1 and k = `EIGENVALUE_KNEE`, is small
-    in directions where the sample has little energy. The prior is on energies: it pulls at a rare input as if the
-    input had that much more energy.
+    P = I - k (C + k I)^-1, with the correlations C = S^-1 H S^-1, S = sqrt(diag H) and k = `EIGENVALUE_KNEE`, is small
+    in directions where the sample has little energy. E = S^(1 - levelling) h^(levelling / 2) has the energies of
+    inputs nearer to a typical one, h. The prior is on energies: it pulls at a rare input as if the input had that much
+    more energy.
 
     Args:
         ridge: the pull in all directions.
         saturating: the pull in directions of much energy, beside the ridge.
         prior: in units of H.
+        levelling: how far the pull levels the energies of inputs, in [0, 1]: not at all, or fully.
     """
 
     ridge: float
     saturating: float = 0.0
     prior: float = 0.0
+    levelling: float = 0.0
 
     @property
     def strength(self) -> float:

@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from convexprune.core import Quadratic, definite_inverse, sampling_noise
+from convexprune.core import Quadratic, burstiness, definite_inverse, sampling_noise
 from convexprune.pruners._base import Damping, LayerProblem
 
 EIGENVALUE_KNEE = 0.1
 """Eigenvalues of the correlations, 1 in the mean, below which the sample's are too small by much the same factor."""
-DOMAIN_SHIFT_RANGE, NOISE_GAIN = (0.05, 0.1), 12
-"""The saturating part for other texts: times the noise, within these limits."""
+DOMAIN_SHIFT = 0.25
+"""The saturating part for texts of another kind, which differ however long the sample is."""
+SHIFT_PER_BURSTINESS, MOST_LEVELLING = 0.02, 0.5
+"""The variance of an input's log energy between kinds of text, over the burstiness; and the largest levelling."""
 RIDGE_RANGE, RIDGE_GAIN = (0.003, 0.1), 0.12
 """The ridge, for directions without energy in the sample: times the inputs over the tokens, within these limits."""
 PRIOR_GAIN, PRIOR_TOKENS, LARGEST_PRIOR = 6, 4, 0.2
@@ -22,26 +24,27 @@ def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
     """Return the damping that the noise of the tokens asks for, or a ridge of strength `damping`.
 
     An exact solver fits the noise. Half against half, an eigenvalue below the knee is too small by about the same
-    factor whatever its size. A saturating pull makes up for that. A part of it is for texts of another kind, which
-    differ however long the sample is. The ridge is for directions, the prior for inputs, without energy in the sample
-    (lab/tried.md has what else was tried).
+    factor whatever its size. A saturating pull makes up for that. A part of it is for texts of another kind. There the
+    energies of bursty inputs are others, so the pull levels them: the posterior mean of a log-normal energy. The ridge
+    is for directions, the prior for inputs, without energy in the sample (lab/tried.md has what else was tried).
     """
     if damping is not None:
         return Damping(damping)
-    tokens, (least, most) = max(1, problem.moments.tokens), DOMAIN_SHIFT_RANGE
+    tokens = max(1, problem.moments.tokens)
     shortage = problem.weight.shape[1] / tokens
     noise = sampling_noise(problem.folds) if problem.folds else min(LARGEST_NOISE, shortage)
     ridge = min(max(RIDGE_RANGE[0], RIDGE_GAIN * shortage), RIDGE_RANGE[1])
     prior = min(LARGEST_PRIOR, PRIOR_GAIN * noise**3 + PRIOR_TOKENS / tokens)
-    return Damping(ridge, noise + min(max(NOISE_GAIN * noise, least), most), prior * _typical_energy(problem))
+    return Damping(ridge, noise + DOMAIN_SHIFT, prior * problem.typical_energy, _levelling(problem))
 
 
-def _typical_energy(problem: LayerProblem) -> float:
-    """Return the geometric mean of the energies of live inputs: a massive activation hardly moves that."""
-    energies = problem.quadratic.gram.diagonal()
-    largest = energies.max()
-    ratios = (energies[energies > 0] / largest).log().mean().exp()  # the same bits in units of any power of two
-    return float(ratios * largest) if largest > 0 else 0.0
+def _levelling(problem: LayerProblem) -> float:
+    """Return how far energies move between texts, over that and how far they differ between inputs: of their logs."""
+    if not problem.folds or not problem.typical_energy:
+        return 0.0
+    shift = SHIFT_PER_BURSTINESS * burstiness(problem.folds)
+    spread = float((problem.scale / problem.typical_energy**0.5)[~problem.dead].log().var(correction=0)) * 4
+    return min(shift / (shift + spread), MOST_LEVELLING) if shift else 0.0
 
 
 def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
@@ -57,8 +60,11 @@ def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
     shifted.diagonal().add_(EIGENVALUE_KNEE)
     pull = definite_inverse(shifted).mul_(-damping.saturating * EIGENVALUE_KNEE)
     pull.diagonal().add_(damping.strength)
-    zero = torch.zeros_like(problem.weight)
-    pull = pull.mul_(torch.outer(problem.scale, problem.scale))
+    zero, levelled = torch.zeros_like(problem.weight), problem.scale
+    if damping.levelling:
+        ratios = (problem.typical_energy**0.5 / problem.scale) ** damping.levelling
+        levelled = torch.where(live, problem.scale * ratios, 0)
+    pull = pull.mul_(torch.outer(levelled, levelled))
     pull.diagonal().add_(live, alpha=damping.prior)
     return quadratic + Quadratic(pull, zero, zero[:, 0], problem.weight, checked=False)
 

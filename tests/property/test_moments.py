@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from strategies import corrections, layers, make_layer, random, seeds
 
 from convexprune.constraints import Unstructured
-from convexprune.core._moments import Moments, sampling_noise
+from convexprune.core._moments import Moments, burstiness, sampling_noise
 from convexprune.errors import ProblemError
 from convexprune.pruners import LayerProblem
 
@@ -210,6 +210,35 @@ def test_a_single_input_has_no_correlations_to_be_noisy():
     first.add(torch.ones(3, 1))
     second.add(torch.zeros(3, 1))
     assert sampling_noise((first, second)) == 0
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 2.0), (0.1, 29.0), (0.03, 99.0)])
+def test_burstiness_is_the_kurtosis_of_a_typical_input(share, expected):
+    """Of Gaussian inputs that fire in a share of the tokens, kurtosis 3 / share: the median of a squared Gaussian."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for tokens in (2_000, 20_000):
+        folds = Moments(400, torch.float64), Moments(400, torch.float64)
+        for fold in folds:
+            fires = torch.rand(tokens // 2, 400, generator=generator) < share
+            fold.add(torch.randn(tokens // 2, 400, generator=generator, dtype=torch.float64) * fires)
+        found.append(burstiness(folds))
+    assert found == pytest.approx([0.455 * expected] * 2, rel=0.3)  # whatever the number of tokens
+
+
+def test_burstiness_knows_neither_units_nor_dead_inputs():
+    scale = torch.tensor([0, 1e-3, 1, 1e3, 0, 2], dtype=torch.float64)
+    found = []
+    for columns in (scale, (scale > 0).double()):
+        folds = Moments(6, torch.float64), Moments(6, torch.float64)
+        for k, fold in enumerate(folds):
+            fold.add(random(k, 20, 6) * columns)
+        found.append(burstiness(folds))
+    assert found[0] == pytest.approx(found[1])
+    assert burstiness([make_layer("full rank", 1, 3, seed=0).moments] * 2) == 0  # equal halves
+    nothing = Moments(3)
+    nothing.add(torch.zeros(2, 3))
+    assert burstiness((nothing, nothing)) == 0
 
 
 def test_sampling_noise_needs_two_folds():
