@@ -60,6 +60,7 @@ def iteration(
 ) -> dict[str, float]:
     """What one costs, of `many` more than as many."""
     problem = layer_problem(correlated(0, M, N), PATTERNS[pattern])
+    assert problem.typical_energy > 0  # what is read once is known from here on
     how = {"size": M * N, "long": N, "compiled": compiled}
     return each(lambda: make(2 * many).prune(problem), lambda: make(many).prune(problem), many, **how)
 

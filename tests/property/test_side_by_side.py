@@ -242,7 +242,7 @@ def test_many_problems_take_about_as_many_kernels_as_one():
 @pytest.mark.parametrize("name", ["matrix", "2:4", "stack"])
 def test_a_round_of_many_waits_for_nothing(name: str):
     problems = [posed(i, PATTERNS[name]) for i in range(COUNT)]
-    assert all(problem.quadratic.shape == (M, N) for problem in problems)  # it is known from here on
+    assert all(problem.typical_energy > 0 for problem in problems)  # what is read once is known from here on
 
     def path(rounds: int) -> Callable[[], object]:
         return lambda: Convex(rounds=rounds, refit=None).prune_all(problems)
