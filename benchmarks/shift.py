@@ -44,9 +44,8 @@ def main() -> None:
     kinds = defaultdict[str, list[str]](list)
     for name in weights:
         kinds[name.rpartition(".")[2]].append(name)
-    print(
-        f"| text | operator | burstiness | variance over it | {' | '.join(f'{low:g} to {high:g}' for low, high in pairwise(BANDS))} |"
-    )
+    bands = " | ".join(f"{low:g} to {high:g}" for low, high in pairwise(BANDS))
+    print(f"| text | operator | burstiness | variance over it | {bands} |")
     print("|" + "---|" * (3 + len(BANDS)))
     for text in args.other:
         seen = watch(model, weights, text_windows(Path(text), model, args.length)[: args.windows], torch.float32)

@@ -262,9 +262,7 @@ def sampling_noise(folds: Sequence[Moments]) -> float:
     estimates the intensity with which shrinking C towards the identity minimises the expected error (Ledoit and Wolf
     2004, with the variance taken from the halves because tokens are not independent).
     """
-    if len(folds) != 2:
-        raise ProblemError(f"Sampling noise needs two folds; {len(folds)} given.")
-    first, second = folds[0].gram, folds[1].gram
+    first, second = (fold.gram for fold in _two(folds))
     mean = (first + second) / 2
     scale = mean.diagonal().clamp_min(torch.finfo(mean.dtype).tiny).sqrt()
     outer = torch.outer(scale, scale)
@@ -279,7 +277,13 @@ def burstiness(folds: Sequence[Moments]) -> float:
     It is the median over live inputs of tokens ((a - b) / (a + b))^2, with the energies a, b of an input in two
     disjoint halves of the tokens. Inputs that fire rarely have much of it, and inputs that follow a subject.
     """
-    first, second = (fold.sum.diagonal() / fold.tokens for fold in folds)
+    first, second = (fold.sum.diagonal() / fold.tokens for fold in _two(folds))
     live = first + second > 0
     differences = ((first - second) / (first + second))[live]
     return float(differences.square().median()) * sum(fold.tokens for fold in folds) if len(differences) else 0.0
+
+
+def _two(folds: Sequence[Moments]) -> Sequence[Moments]:
+    if len(folds) != 2:
+        raise ProblemError(f"Noise and burstiness need two folds; {len(folds)} given.")
+    return folds

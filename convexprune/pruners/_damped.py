@@ -24,9 +24,9 @@ def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
     """Return the damping that the noise of the tokens asks for, or a ridge of strength `damping`.
 
     An exact solver fits the noise. Half against half, an eigenvalue below the knee is too small by about the same
-    factor whatever its size. A saturating pull makes up for that. A part of it is for texts of another kind. There the
-    energies of bursty inputs are others, so the pull levels them: the posterior mean of a log-normal energy. The ridge
-    is for directions, the prior for inputs, without energy in the sample (lab/tried.md has what else was tried).
+    factor whatever its size. A saturating pull makes up for that. A part of it is for texts of another kind. These
+    change the energies of bursty inputs most, so the pull draws such energies to the typical one. The ridge is for
+    directions, the prior for inputs, without energy in the sample (lab/tried.md has what else was tried).
     """
     if damping is not None:
         return Damping(damping)
@@ -39,11 +39,12 @@ def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
 
 
 def _levelling(problem: LayerProblem) -> float:
-    """Return how far energies move between texts, over that and how far they differ between inputs: of their logs."""
+    """Return v / (v + s^2), of log energies: v is their variance between texts, s^2 that between inputs."""
     if not problem.folds or not problem.typical_energy:
         return 0.0
     shift = SHIFT_PER_BURSTINESS * burstiness(problem.folds)
-    spread = float((problem.scale / problem.typical_energy**0.5)[~problem.dead].log().var(correction=0)) * 4
+    energies = problem.quadratic.gram.diagonal()[~problem.dead]
+    spread = float((energies / problem.typical_energy).log().var(correction=0))
     return min(shift / (shift + spread), MOST_LEVELLING) if shift else 0.0
 
 
@@ -52,18 +53,18 @@ def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
     quadratic, scale = problem.quadratic, problem.quadratic.scale()
     if damping.strength == 0:
         return quadratic
-    live = ~problem.dead
+    live, levelled = ~problem.dead, problem.scale
+    if damping.levelling:
+        ratios = (problem.typical_energy**0.5 / problem.scale) ** damping.levelling
+        levelled = torch.where(live, problem.scale * ratios, 0)
     if not damping.saturating:
-        strength = damping.ridge * problem.scale.square() + damping.prior * live
+        strength = damping.ridge * levelled.square() + damping.prior * live
         return quadratic + Quadratic.damping(problem.weight, strength)
     shifted = quadratic.gram / scale / scale[:, None]
     shifted.diagonal().add_(EIGENVALUE_KNEE)
     pull = definite_inverse(shifted).mul_(-damping.saturating * EIGENVALUE_KNEE)
     pull.diagonal().add_(damping.strength)
-    zero, levelled = torch.zeros_like(problem.weight), problem.scale
-    if damping.levelling:
-        ratios = (problem.typical_energy**0.5 / problem.scale) ** damping.levelling
-        levelled = torch.where(live, problem.scale * ratios, 0)
+    zero = torch.zeros_like(problem.weight)
     pull = pull.mul_(torch.outer(levelled, levelled))
     pull.diagonal().add_(live, alpha=damping.prior)
     return quadratic + Quadratic(pull, zero, zero[:, 0], problem.weight, checked=False)

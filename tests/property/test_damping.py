@@ -74,7 +74,7 @@ def test_bursty_inputs_are_levelled_and_steady_ones_hardly():
     assert choose_damping(layer_problem(layer, Unstructured(0.5)), None).levelling == 0  # no halves
 
 
-@pytest.mark.parametrize(("saturating", "levelling"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.4)])
+@pytest.mark.parametrize(("saturating", "levelling"), [(0.0, 0.0), (0.0, 0.4), (0.5, 0.0), (0.5, 0.4)])
 def test_damping_pulls_as_its_formula_says(saturating, levelling):
     problem = layer_problem(correlated(0, change=0.3), Unstructured(0.5))
     found, given, d = damped(problem, Damping(0.2, saturating, 0.7, levelling)), problem.quadratic, problem.scale
@@ -110,18 +110,18 @@ def rare(tokens: int, seed: int = 0) -> tuple[Layer, Layer]:
 
 @pytest.mark.parametrize("tokens", [48, 128, 512])
 def test_inputs_that_fire_in_few_tokens_keep_weights_of_a_usual_size(tokens):
-    errors = [0.0, 0.0, 0.0]
+    ratios = []
     for seed in (0, 10, 20):
         seen, unseen = rare(tokens, seed)
         problem = layer_problem(seen, Unstructured(0.5), folds=folds_of(seen))
         judge = LayerProblem(seen.weight, unseen.moments, Unstructured(0.5))
-        for k, pruner in enumerate((Convex(), SparseGPT(), Convex(damping=RIDGE_RANGE[0]))):
-            weight = pruner.prune(problem).weight
-            assert k or float(weight.abs().max() / seen.weight.abs().max()) < 1.5
-            errors[k] += float(judge.squared_error(weight).sum())
-    ours, swept, loose = errors
-    assert ours < swept
-    assert ours < loose
+        ours, swept = Convex().prune(problem).weight, SparseGPT().prune(problem).weight
+        assert float(ours.abs().max() / seen.weight.abs().max()) < 1.5
+        assert judge.squared_error(ours).sum() < judge.squared_error(swept).sum()
+        loose = Convex(damping=RIDGE_RANGE[0]).prune(problem).weight
+        ratios.append(float(judge.squared_error(ours).sum() / judge.squared_error(loose).sum()))
+    # The part for other kinds of text may cost .3 % on the same kind: with 512 tokens and the first seed it does.
+    assert sum(ratios) / len(ratios) < 1
 
 
 def test_the_prior_is_a_typical_energy_whatever_a_few_inputs_have():

@@ -241,9 +241,10 @@ def test_burstiness_knows_neither_units_nor_dead_inputs():
     assert burstiness((nothing, nothing)) == 0
 
 
-def test_sampling_noise_needs_two_folds():
+@pytest.mark.parametrize("estimate", [sampling_noise, burstiness])
+def test_what_halves_say_needs_two_folds(estimate):
     with pytest.raises(ProblemError, match="two folds"):
-        sampling_noise([make_layer("full rank", 1, 3, seed=0).moments])
+        estimate([make_layer("full rank", 1, 3, seed=0).moments])
 
 
 @given(layers, corrections, seeds)
