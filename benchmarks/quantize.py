@@ -14,10 +14,8 @@ A LLaMA that was stored in 4 bits has to be rescaled first (`benchmarks/gauge.py
 import argparse
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convexprune
 from convexprune._storage.tensors import entries
 from convexprune.adapters import EMBEDDED
-from convexprune.quantizers import QUANTIZERS, Descent
 from convexprune.validation._texts import text_of
 
 OWN: dict[str, Any] = {"error_correction": 0, "prefix": "pruned"}  # GPTQ's convention
@@ -36,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gptaq": {"sparsity": 0, "quantizer": "gptaq"},
     "qep": {"sparsity": 0, "quantizer": "qep"},
     "ours": {"sparsity": 0},
-    "ours, no beam": {"sparsity": 0},
+    "ours, no beam": {"sparsity": 0, "quantizer_args": {"beam": 1}},
     "ours uniform": {"sparsity": 0, "allocation": "uniform"},
     "ours 25%": {"sparsity": 0.25},
     "ours 50%": {"sparsity": 0.5},
@@ -56,13 +53,6 @@ NUMBERS: dict[str, tuple[str | float, ...]] = {
 }
 ALL = [f"{kind} {number}" for kind, numbers in NUMBERS.items() for number in numbers]
 MOST = 6  # bits, of a drawing: with more, all are near the dense model
-
-
-@dataclass(frozen=True)
-class NoBeam(Descent):
-    """The descent from one sweep alone."""
-
-    beam: int = 1
 
 
 Windows = dict[str, torch.Tensor]
@@ -119,8 +109,7 @@ def line_of(name: str, model: str | None, shared: dict[str, Any], windows: Windo
     numbers: dict[str, Any] = {"quantize": bits} if bits.startswith("int") else {"bits": float(bits)}
     with tempfile.TemporaryDirectory() as folder:
         out, began = Path(folder, "out"), time.perf_counter()
-        with patch.dict(QUANTIZERS, {"descent": NoBeam} if kind.endswith("no beam") else {}):
-            result = convexprune.prune(model, **shared | numbers | KINDS[kind])
+        result = convexprune.prune(model, **shared | numbers | KINDS[kind])
         report, seconds = result.report, time.perf_counter() - began
         result.model.bfloat16().save_pretrained(out)
         sizes = {o.name: o.outputs * o.inputs for o in report.operators}

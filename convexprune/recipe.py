@@ -169,7 +169,7 @@ class Recipe(
             gram_precision=self.gram_precision,
             solve_precision=self.solve_precision,
             certificate_precision=self.certificate_precision,
-            quantizer=make(QUANTIZERS[self.quantizer], self.quantizer, {}),
+            quantizer=make(QUANTIZERS[self.quantizer], self.quantizer, self.quantizer_args),
             refinement=Refinement.parse(self.refine),
         )
 

@@ -105,9 +105,10 @@ def make_variants(
     """Return every method x pattern x sparsity x convention once; an N:M pattern fixes its sparsity.
 
     A method is a name of `convexprune.pruners`, a solver's for the convex method with that solver, or a quantizer's
-    (`QUANTIZERS`), with optional settings: "sparsegpt:damping=0.1", "gptq:quantize=int4". It may name its convention,
-    allocation and quota: "fista:convention=pruned-layer:allocation=half-curve". "own" is the convention of the method's
-    paper, the recipe's default allocation, and the quota by row for Wanda, as published (unless rows compete).
+    (`QUANTIZERS`), with optional settings: "sparsegpt:damping=0.1", "descent:quantize=int4:beam=1". It may name its
+    convention, allocation and quota: "fista:convention=pruned-layer:allocation=half-curve". "own" is the convention of
+    the method's paper, the recipe's default allocation, and the quota by row for Wanda, as published (unless rows
+    compete).
     """
     lists = {"methods": methods, "sparsity": sparsities, "pattern": patterns, "convention": conventions}
     for name, values in (lists | {"allocation": allocations}).items():
@@ -159,11 +160,12 @@ def _method(text: str) -> dict[str, Any]:
     if kind is None:
         raise RecipeError(unknown("method", name, (*METHODS, *SOLVERS, *QUANTIZERS)))
     settings: dict[str, Any] = {"method": "convex", kind: name}
+    further = "quantizer_args" if kind == "quantizer" else "method_args"
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"{text!r}: a setting of a method reads name=value, as in sparsegpt:damping=0.1.")
-        place = settings if key in OF_RECIPE else settings.setdefault("method_args", {})
+        place = settings if key in OF_RECIPE else settings.setdefault(further, {})
         place[key] = from_yaml(value)
     if kind == "quantizer" and not {"quantize", "bits"} & settings.keys():
         raise RecipeError(f"{text!r}: a quantizer needs a number of bits, as in {name}:quantize=int4 or {name}:bits=3.")

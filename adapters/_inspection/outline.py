@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from convexprune._layerwise.allocation import WEIGHED
+from convexprune._layerwise.allocation import SURVEYED, WEIGHED
 from convexprune._layerwise.model import DecoderLayer
+from convexprune._layerwise.steps.survey import needs
 from convexprune._runs import cost, sizes
 from convexprune._runs.sizes import LayerSize, ModelSize, Stack
 from convexprune._storage.files import named
@@ -22,7 +23,7 @@ from convexprune.pruners import AbstractPruner, Cost, SparseGPT
 from convexprune.quantizers import QUANTIZERS
 from convexprune.recipe import Recipe
 
-from .._allocating import gradient_windows
+from .._allocating import WINDOWS, gradient_windows
 from .._checkpoints.admission import refuse_quantized
 from .._checkpoints.model_folder import NotStreamable, check_folder, check_layers, place_of
 from .._checkpoints.reading import ask, model_class, parameters_on_meta
@@ -198,6 +199,7 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     pruner = recipe.build_pruner()
     method, scaled = method_of(recipe, pruner), cost.SCALED * (recipe.allocation in WEIGHED)
+    is_surveyed = recipe.allocation not in ("uniform", "columns", "rows")
     return sizes.Setting(
         samples=recipe.num_calibration_samples,
         held_out=recipe.spare_samples,
@@ -208,6 +210,8 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
         dense_prefix=recipe.prefix == "dense",
         bound=recipe.bound_rows > 0,
         gradients=min(gradient_windows(recipe.allocation, length), recipe.num_calibration_samples),
+        surveyed=min(WINDOWS, recipe.num_calibration_samples) + recipe.spare_samples if is_surveyed else 0,
+        survey=needs(recipe.build_pattern()) if recipe.allocation in SURVEYED else Cost(),
         side_by_side=pruner.side_by_side,
         input_errors=QUANTIZERS[recipe.quantizer].input_errors,
     )

@@ -245,6 +245,7 @@ def require_read(recipe: Recipe) -> None:
     for name, readers in {
         "group_size": ("quantize", "embedding"),
         "quantizer": ("quantize", "bits", "embedding"),
+        "quantizer_args": ("quantize", "bits", "embedding"),
     }.items():
         given, read = getattr(recipe, name), any(getattr(recipe, reader) is not None for reader in readers)
         if not read and given != Recipe.model_fields[name].default:

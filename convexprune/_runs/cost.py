@@ -52,7 +52,7 @@ class Operations:
     forward: float
     gram: float
     solve: float
-    judge: float  # operations for reported errors
+    judge: float  # operations for reported errors, and those of a survey times its overhead
     problems: int
     products: float  # number of matrix products [m n] x [n n]
 
@@ -112,13 +112,13 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
 
 def work(model: ModelSize, setting: Setting) -> Operations:
     """Count the operations: passes (the dense layer once, then up to every stage; for gradients twice, and back), Gram
-    matrices, products.
+    matrices, products. A survey of the dense model has its own: a pass, Gram matrices, and the problems of all stages.
 
     Passes after the stage that ends attention begin there (`_layerwise.capture`). The stage is known only once a layer
     runs; the count assumes the first stage with a single operator as high as the hidden states are wide. This is too
     low for families without a shortcut (eager attention that returns its weights).
     """
-    method, tokens = setting.method, setting.tokens
+    method, survey, tokens, seen = setting.method, setting.survey, setting.tokens, setting.surveyed * setting.length
     forward = gram = solve = judge = products = 0.0
     for layer in model.layers:
         weights = [2.0 * sum(s.share * s.outputs * s.inputs for s in stage) for stage in layer.stages]
@@ -132,14 +132,19 @@ def work(model: ModelSize, setting: Setting) -> Operations:
                 passes += len(in_parts(stage, lambda s: s.inputs)) * again
             for s in stage:
                 n2 = float(s.inputs) ** 2
-                gram += layer.count * tokens * s.share * (n2 + (correcting(s) if setting.corrects(number, s) else 0))
+                corrected = correcting(s) if setting.corrects(number, s) else 0
+                gram += layer.count * s.share * (tokens * (n2 + corrected) + seen * n2)
                 judging = layer.count * (JUDGING + CORRECTING * setting.corrects(number, s))
+                solving, surveying = (
+                    n2 * (2 * s.outputs * each.products + each.factorisations * s.inputs) for each in (method, survey)
+                )
                 judge += 2 * s.outputs * n2 * judging
-                solve += layer.count * n2 * (2 * s.outputs * method.products + method.factorisations * s.inputs)
+                judge += layer.count * survey.overhead * surveying * (seen > 0)
+                solve += layer.count * solving
                 products += layer.count * method.products + judging
         if not setting.dense_prefix:
             passes += sum(weights[end:]) if end < len(weights) else sum(weights) + attention
-        forward += layer.count * (tokens * passes + 3 * setting.gradients * setting.length * once)
+        forward += layer.count * (tokens * passes + (3 * setting.gradients * setting.length + seen) * once)
     forward += 2 * setting.gradients * setting.length * 2 * model.largest_fixed  # the head, and back
     problems = sum(layer.count * len(layer.stacks) for layer in model.layers)
     return Operations(forward, gram, solve, judge, problems, products)

@@ -7,6 +7,8 @@ from itertools import chain
 from convexprune._layerwise.statistics import many_at_once
 from convexprune.pruners import Cost
 
+NOTHING = Cost()
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -58,6 +60,8 @@ class Setting:
     dense_prefix: bool = True  # True if layers get the hidden states of the dense network
     bound: bool = False
     gradients: int = 0  # number of windows for gradients
+    surveyed: int = 0  # number of windows for a survey of the dense model
+    survey: Cost = NOTHING
     side_by_side: bool = False  # True if a GPU solves problems of equal shape together
     input_errors: bool = False  # True if the errors of all inputs are counted (`AbstractQuantizer`)
 

@@ -13,6 +13,7 @@ class Preset(NamedTuple):
     zeros: Mapping[str, Any] = {}  # of a pattern without a structure, or N:M
     unstructured: Mapping[str, Any] = {}
     codes: Mapping[str, Any] = {}
+    own_codes: Mapping[str, Any] = {}  # by our quantizer
     cost: str = ""  # measured, in words
 
     def settings(self, given: Mapping[str, Any], sparse: bool, codes: bool) -> dict[str, Any]:
@@ -21,7 +22,8 @@ class Preset(NamedTuple):
         whole = sparse and pattern == "unstructured" and given.get("quota", "matrix") == "matrix"
         zeros = sparse and (pattern == "unstructured" or (":" in pattern and pattern[0].isdigit()))
         found = {**self.all, **(self.zeros if zeros else {}), **(self.unstructured if whole else {})}
-        return found | dict(self.codes if codes else {})
+        ours = codes and given.get("quantizer", "descent") == "descent"
+        return {**found, **(self.codes if codes else {}), **(self.own_codes if ours else {})}
 
 
 PUBLISHED = {"method": "fistapruner", "prefix": "dense", "error_correction": 1.0, "error_target": "operator"}
@@ -33,7 +35,11 @@ PRESETS = {
         cost="SmolLM2-135M at 50 %: perplexity 29.2 in place of 31.2, in 1.7 times the time of balanced",
     ),
     "balanced": Preset(cost="SmolLM2-135M at 50 %: perplexity 31.2, dense 23.3"),
-    "fast": Preset({"num_calibration_samples": 32, "bound_rows": 0}, zeros={"method": "sparsegpt"}),
+    "fast": Preset(
+        {"num_calibration_samples": 32, "bound_rows": 0},
+        zeros={"method": "sparsegpt"},
+        own_codes={"quantizer_args": {"beam": 1}},
+    ),
     "fistapruner": Preset(PUBLISHED),
 }
 

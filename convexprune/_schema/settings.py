@@ -26,6 +26,7 @@ def _plain(value: Any) -> Any:
 Plain = BeforeValidator(_plain)
 # A setting that may be a single name.
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)]
+Arguments = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else from_yaml(value))]
 
 
 class ModelSettings(Settings):
@@ -188,7 +189,7 @@ class MethodSettings(Settings):
         None,
         "Settings for an intention, where others are left out. best: prefix pruned, allocation half-curve if "
         "unstructured; with quantize token_weights loss. balanced: the defaults. fast: a quarter of the samples, no "
-        "bounds; method sparsegpt. fistapruner: the algorithm of arXiv 2408.03728 as published, for comparison.",
+        "bounds; zeros by sparsegpt, codes without a beam. fistapruner: as published (arXiv 2408.03728).",
         choices=("best", "balanced", "fast", "fistapruner"),
         first=True,
     )
@@ -234,9 +235,8 @@ class MethodSettings(Settings):
         "What finds the codes of quantize: descent, ours; or a baseline: gptq (with prefix pruned and error_correction "
         "0 as published), gptaq, qep, rtn (round to nearest).",
     )
-    method_args: Annotated[dict[str, Any], BeforeValidator(lambda v: {} if v is None else from_yaml(v))] = setting(
-        {}, "Further settings of the method's class in convexprune.pruners, as {name: value, ...}."
-    )
+    quantizer_args: Arguments = setting({}, "Further settings of its class in convexprune.quantizers: {name: value}.")
+    method_args: Arguments = setting({}, "Further settings of the method's class in convexprune.pruners, likewise.")
 
 
 class RunSettings(Settings):

@@ -53,6 +53,12 @@ BAD = {
         errors.RecipeError,
         "Unknown setting of 'sparsegpt': 'dampening'. Did you mean 'damping'. Known: block, damping.",
     ),
+    "settings of a quantizer": (
+        {"quantize": "int4", "quantizer_args": {"beams": 3}},
+        errors.RecipeError,
+        "setting of 'descent'.*Did you mean 'beam'",
+    ),
+    "settings of no quantizer": ({"quantizer_args": {"beam": 3}}, errors.RecipeError, "belongs to quantize"),
     "settings of what has none": ({"method": "wanda", "method_args": {"block": 3}}, errors.RecipeError, "Known: none"),
     "preset and correction": (
         {"preset": "fistapruner", "error_correction": 0.5},

@@ -43,7 +43,8 @@ def test_a_setting_of_its_type_is_taken(pruner: ADMM):
 
 
 @pytest.mark.parametrize(
-    "text", ["sparsegpt:damping=abc", "sparsegpt:damping=[", "sparsegpt:damping=-1", "fista:rounds=0"]
+    "text",
+    ["sparsegpt:damping=abc", "sparsegpt:damping=[", "sparsegpt:damping=-1", "fista:rounds=0", "descent:bits=3:beam=0"],
 )
 def test_a_comparison_refuses_them_before_any_work(text: str):
     with pytest.raises(errors.RecipeError, match="Input should be"):

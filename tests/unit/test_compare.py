@@ -271,9 +271,11 @@ def test_where_something_is_removed_only_what_reads_it_is_pruned(folder: Path, p
 
 def test_quantizers_are_compared_as_they_quantize_alone(folder: Path):
     methods = ["gptaq:quantize=int4:group_size=-1", "qep:quantize=int4:group_size=-1", "descent:bits=4"]
+    methods += ["descent:quantize=int4:group_size=-1:beam=1"]
     rows = compared(folder, methods=methods, sparsities=[0])["rows"]
     grid: dict[str, Any] = {"quantize": "int4", "group_size": -1}
     alone = [grid | {"quantizer": "gptaq"}, grid | {"quantizer": "qep"}, {"bits": 4.0}]
+    alone += [grid | {"quantizer_args": {"beam": 1}}]
     for row, settings in zip(rows, alone, strict=True):
         model = load(folder / "model", device="cpu")
         found = convexprune.prune(model.model, sparsity=0, bound_rows=0, **CALIBRATION, **settings)

@@ -16,6 +16,7 @@ from convexprune.adapters._inspection.outline import method_of
 from convexprune.errors import RecipeError
 from convexprune.pruners import (
     Convex,
+    Cost,
     Refitted,
     SparseGPT,
 )
@@ -66,6 +67,15 @@ def test_work_is_counted_by_hand():
     differentiated = cost.work(PLAIN, replace(SETTING, gradients=2))  # twice through 3 layers and back; head, and back
     assert differentiated.forward == found.forward + 20 * (3 * 3 * once + 2 * 2 * 80)
     assert differentiated == replace(found, forward=differentiated.forward)
+    seen = replace(SETTING, surveyed=2, survey=Cost(products=3, factorisations=5, overhead=2.0))
+    solving = 2 * 3 * (12 * 64 + 8 * 36) + 5 * (8**3 + 6**3)
+    assert cost.work(PLAIN, seen) == replace(
+        found,
+        forward=found.forward + 3 * 20 * once,
+        gram=found.gram + 3 * 20 * (64 + 36),
+        judge=found.judge + 3 * 2 * solving,
+    )
+    assert cost.work(PLAIN, replace(SETTING, survey=seen.survey)) == found
 
 
 def test_an_overhead_is_that_of_the_methods_own_products():

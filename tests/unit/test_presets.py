@@ -22,6 +22,20 @@ from convexprune.recipe import make_recipe
         ({"preset": "best", "target": "1GB"}, {"target": "1GB", "token_weights": "loss", "prefix": "pruned"}),
         ({"preset": "balanced"}, {}),
         ({"preset": "fast"}, {"method": "sparsegpt", "num_calibration_samples": 32, "bound_rows": 0}),
+        (
+            {"preset": "fast", "quantize": "int4", "sparsity": 0},
+            {
+                "quantize": "int4",
+                "sparsity": 0,
+                "quantizer_args": {"beam": 1},
+                "num_calibration_samples": 32,
+                "bound_rows": 0,
+            },
+        ),
+        (
+            {"preset": "fast", "quantize": "int4", "sparsity": 0, "quantizer": "rtn"},
+            {"quantize": "int4", "sparsity": 0, "quantizer": "rtn", "num_calibration_samples": 32, "bound_rows": 0},
+        ),
         ({"preset": "fast", "method": "wanda"}, {"method": "wanda", "num_calibration_samples": 32, "bound_rows": 0}),
         ({"preset": "fast", "pattern": "heads"}, {"pattern": "heads", "num_calibration_samples": 32, "bound_rows": 0}),
     ],

@@ -1,8 +1,9 @@
 """What is surveyed is what pruning costs, and what is allocated has the zeros that were asked for."""
 
 import json
-from math import exp
+from math import ceil, exp
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from runs import on_reports
 import convexprune
 from convexprune._layerwise.allocation import SURVEYED, Unit, allocate_by_rule, candidates
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.steps.survey import survey
+from convexprune._layerwise.steps import survey as module
+from convexprune._layerwise.steps.survey import alike, survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._gradients import loss_fisher
@@ -231,3 +233,21 @@ def test_a_run_goes_on_with_the_allocation_that_it_began_with(tiny_llama: Huggin
     monkeypatch.setattr(allocating, "survey", stop)
     report = convexprune.prune(dense, resume=True, **settings).report
     assert shares(report) == pytest.approx(began, abs=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(5, 8), (8, 8), (9, 8), (100, 7), (3, 1)])
+def test_few_rows_speak_for_rows_of_like_loss(rows: int, most: int):
+    losses = torch.rand(rows, generator=torch.Generator().manual_seed(rows))
+    like = alike(losses, most)
+    assert len(like.unique()) == min(rows, most) and like[like].equal(like)
+    assert rows > most or like.tolist() == list(range(rows))
+    ranks = losses.argsort().argsort()
+    assert int((ranks - ranks[like]).abs().max()) <= ceil(rows / min(rows, most)) // 2  # half a part of equal parts
+
+
+def test_few_rows_give_the_costs_of_all(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
+    whole = {unit.name: unit.costs for unit in surveyed(tiny_llama)}
+    monkeypatch.setattr(module, "ROWS", 8)
+    few = {unit.name: unit.costs for unit in surveyed(tiny_llama)}
+    ratios = [few[name][each] / cost for name, costs in whole.items() for each, cost in costs.items() if cost]
+    assert 0.5 < min(ratios) < 1 < max(ratios) < 2 and 0.9 < fmean(ratios) < 1.1

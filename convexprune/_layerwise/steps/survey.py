@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.allocation import Unit, row_weights
+from convexprune._layerwise.allocation import Unit, candidates, row_weights
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import AbstractModel, AbstractOperator
@@ -22,12 +23,19 @@ from convexprune._progress import begin
 from convexprune.constraints import Constraint, Stacked, Unstructured
 from convexprune.core._allocation import share_of_outliers, skewness, sums_of_powers
 from convexprune.errors import PatternError
-from convexprune.pruners import AbstractPruner, LayerProblem, SparseGPT
+from convexprune.pruners import AbstractPruner, Cost, LayerProblem, SparseGPT
 from convexprune.quantizers import Descent
 from convexprune.quantizers._forecast import Forecast
 
 QUANTIZER = Descent(sweeps=0, rounds=0)  # quick
 DENSE = Unstructured(0.0)
+ROWS = 128  # of an operator are enough, since only the shape of a curve matters (lab/tried.md)
+
+
+def needs(pattern: Constraint) -> Cost:
+    """Return the needs of a stack in a survey of patterns around one: factors, and few rows."""
+    alone = pattern.grid is not None and pattern.sparsity == 0  # a single factor is for all
+    return Cost(factorisations=6) if alone else Cost(factorisations=2 * len(candidates(pattern)), overhead=3.0)
 
 
 @torch.no_grad()
@@ -47,7 +55,8 @@ def survey(
     outputs, the Gauss-Newton estimate of the loss with a diagonal metric, in nats per token, comparable across
     layers. Massive tokens count less where a layer closes, as in a run. The error is on held-out windows, or on all
     without held-out windows. The cost of bits alone is forecast from all windows (`convexprune.quantizers._forecast`).
-    The default pruner is SparseGPT: quick, and only the shape of a curve matters. The weights serve `trials`, too.
+    The default pruner is SparseGPT: quick, and only the shape of a curve matters. So a few rows speak for rows that
+    move the loss alike, unless rows share columns or scales, or the weights serve `trials`, too.
     """
     pruner, units = pruner or SparseGPT(), list[Unit]()
     settings = LayerSettings(pruner, DENSE, correction=0, error_target="residual_stream")
@@ -104,17 +113,34 @@ class Survey(AbstractStackStep):
         alone, kept = pattern.grid is not None and pattern.sparsity == 0, self.weights.get(pattern)
         errors = forecast().errors(Stacked.alike(pattern, heights)) if alone else None
         if errors is None or kept is not None:
-            factors = torch.cat([row_weights(self._fisher[name]) for name in stack.names]).sqrt()
-            fitting = Stacked(tuple(pattern if fit else DENSE for fit in fits), heights)
-            problem, folds = LayerProblem(stack.weight, stack.statistics.total, fitting, 0.0), stack.statistics
-            weight = QUANTIZER.quantize(problem, *solved([problem], [factors], stack.pruner)).weight
+            together = pattern.by_column or not (pattern.grid is None or pattern.grid.by_row)
+            most = max(heights) if together or kept is not None else ROWS
+            weight, found = self._pruned(stack, [pattern if fit else DENSE for fit in fits], most)
+            errors = found if errors is None else errors
             if kept is not None:
                 parts = zip(stack.group.operators, weight.split(heights), fits, strict=True)
                 kept |= {operator: part.to(operator.read().dtype) for operator, part, fit in parts if fit}
-            if errors is None:
-                judge = folds.held_out if folds.held_out.tokens else folds.total
-                errors = LayerProblem(stack.weight, judge, fitting, 0.0).squared_error(weight)
         return errors.double().split(heights)
+
+    def _pruned(self, stack: Stack, kinds: Sequence[Constraint], most: int) -> tuple[Tensor, Tensor]:
+        """Return the weight of at most so many rows of each operator, and the errors of all rows by theirs."""
+        fisher, folds = [row_weights(self._fisher[name]) for name in stack.names], stack.statistics
+        heights = [len(each) for each in fisher]
+        sizes = stack.weight.square() @ folds.total.gram.diagonal()
+        losses = [f * s for f, s in zip(fisher, sizes.split(heights), strict=True)]
+        firsts = accumulate(heights[:-1], initial=0)
+        like = torch.cat([first + alike(each, most) for first, each in zip(firsts, losses, strict=True)])
+        some = like.unique()
+        judge = folds.held_out if folds.held_out.tokens else folds.total
+        pattern = Stacked(tuple(kinds), tuple(min(most, height) for height in heights))
+        whole = Stacked(tuple(kinds), tuple(heights))
+        problem, judged = (
+            LayerProblem(stack.weight, moments, whole, 0.0).rows(some, pattern) for moments in (folds.total, judge)
+        )
+        weight = QUANTIZER.quantize(problem, *solved([problem], [torch.cat(fisher)[some].sqrt()], stack.pruner)).weight
+        shares = torch.zeros_like(sizes)
+        shares[some] = judged.squared_error(weight) / sizes[some].clamp_min(torch.finfo(sizes.dtype).tiny)
+        return weight, sizes * shares[like]
 
     def units(self) -> list[Unit]:
         """Return a unit by operator of the layer, with outliers and skewness of the layer."""
@@ -122,6 +148,15 @@ class Survey(AbstractStackStep):
             return []
         outliers, skewed = share_of_outliers(torch.cat(self._scores)), skewness(self._powers)
         return [Unit(name, size, costs, outliers, skewed) for name, (size, costs) in self._costs.items()]
+
+
+def alike(losses: Tensor, most: int) -> Tensor:
+    """Return for each row [m] the number of a row of like loss: at most so many numbers."""
+    order = losses.argsort()
+    like = torch.empty_like(order)
+    for part in order.tensor_split(min(len(order), most)):
+        like[part] = part[len(part) // 2]
+    return like
 
 
 def _fits(pattern: Constraint, rows: int, columns: int) -> bool:

@@ -40,9 +40,8 @@ class SparseGPT(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        gram = ridged(problem.quadratic.gram, self.damping)
-        upper = upper_factor(gram)
-        weight = problem.weight + problem.quadratic.cross @ upper.T @ upper
+        upper, cross = upper_factor(ridged(problem.quadratic.gram, self.damping)), problem.quadratic.cross
+        weight = problem.weight + cross @ upper.T @ upper if bool(cross.any()) else problem.weight.clone()
         width, group = weight.shape[1], problem.pattern.block
         block = max(group, self.block // group * group)  # a block ends where a group ends
         mask = torch.empty_like(weight, dtype=torch.bool)
