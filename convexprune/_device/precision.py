@@ -3,7 +3,8 @@
     float32   unchanged
     tf32      both factors rounded to 11 significant bits, sums in float32
     bf16x3    both factors split into two of bfloat16; the three larger products of parts summed in float32: 16 bits
-    auto      float32 on a CPU; bf16x3 on a GPU that multiplies bfloat16 and sums in float32
+    auto      float32 on a CPU; bf16x3 on a GPU that multiplies bfloat16 and sums in float32. Second moments of inputs
+              in bfloat16 have exact products on both, if the device multiplies bfloat16
 
 On a CPU the coarse formats are emulated, to show their cost. Certificates are in float64, or in `Parts` where a GPU is
 slow at float64: a bound in either case.
@@ -104,6 +105,18 @@ def add_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.T, b)
     else:
         total.add_(_multiplied(a.T, b, format))
+
+
+def exact_in_bfloat16(x: Tensor) -> AbstractContextManager[None]:
+    """Inside, the numbers of `x` may be multiplied as bfloat16 on a CPU, if they are: only sums are rounded.
+
+    torch's switch is on oneDNN, which then multiplies float32 two to three times as fast (torch 2.9 or newer).
+    """
+    backend = torch.backends.mkldnn.matmul if hasattr(torch.backends, "fp32_precision") else None
+    exact = x.dtype == torch.bfloat16 and is_host(x.device) and has_bfloat16(x.device)
+    if backend is None or not exact or _summing.get() != "auto":
+        return nullcontext()
+    return restored(partial(getattr, backend, "fp32_precision"), partial(setattr, backend, "fp32_precision"), "bf16")
 
 
 @cache

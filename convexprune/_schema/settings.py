@@ -264,7 +264,7 @@ class DeviceSettings(Settings):
     gram_precision: Literal["auto", "float32", "tf32", "bf16x3"] = setting(
         "auto",
         "How second moments are multiplied: float32; tf32; bf16x3, three products of bfloat16; auto, float32 on a CPU, "
-        "bf16x3 on a GPU, where inputs in 16 bits are multiplied exactly. A CPU emulates the coarse ones.",
+        "bf16x3 on a GPU, inputs in bfloat16 exactly in 16 bits. A CPU emulates the coarse ones.",
     )
     solve_precision: Literal["auto", "float32", "tf32", "bf16x3"] = setting(
         "auto", "How solves multiply, likewise. Certificates and errors are never coarser than float32."

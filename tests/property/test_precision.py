@@ -14,6 +14,7 @@ from torch import Tensor
 
 import convexprune
 from convexprune._device import precision as room
+from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.precision import add_gram, add_product, product, solving_in, summing_in
 from convexprune._device.switches import restored
 from convexprune.constraints import Unstructured
@@ -77,6 +78,29 @@ def test_second_moments_of_16_bits_are_multiplied_exactly_where_sums_are_wide(dt
     wide.add(x)
     assert calls and set(calls) == {(dtype, dtype, torch.float32)}
     torch.testing.assert_close(wide.gram, plain.gram, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="the CPU has no products of bfloat16")
+def test_second_moments_of_bfloat16_are_multiplied_exactly_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    switch = torch.backends.mkldnn.matmul
+    before, seen = switch.fp32_precision, list[str]()
+    real = triangle.add_gram
+    monkeypatch.setattr(triangle, "add_gram", lambda *args: (seen.append(switch.fp32_precision), real(*args)))
+    whole = (random(0, 512, 200) * 40).round()  # sums stay below 2^24
+    moments = Moments(200)
+    moments.add(whole.bfloat16())
+    assert torch.equal(moments.gram.double() * 512, whole.T @ whole)
+    for other in (whole.float(), whole.half()):
+        Moments(200).add(other)
+    with summing_in("float32"):
+        Moments(200).add(whole.bfloat16())
+    assert set(seen[: triangle.STRIPS]) == {"bf16"} and set(seen[triangle.STRIPS :]) == {before}
+    assert switch.fp32_precision == before
+    x, plain, quick = random(1, 2048, 200).bfloat16(), Moments(200), Moments(200)
+    quick.add(x)
+    plain.add(x.float())
+    size = plain.gram.diagonal().sqrt()
+    assert ((quick.gram - plain.gram).abs() <= 1e-5 * torch.outer(size, size)).all()
 
 
 def test_second_moments_are_added_up_in_the_format_that_is_named():
