@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from convexprune._device.precision import widened
+from convexprune._device.precision import exact_in_bfloat16, widened
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.measure import WIDE, WIDEST
 from convexprune._runs.sizes import LayerSize, ModelSize, Setting, Stack
@@ -198,20 +198,24 @@ def cheaper(setting: Setting, light: Cost, refit: bool) -> dict[str, Setting]:
 class Speed:
     single: float  # in float32
     forward: float
+    gram: float  # of second moments of the model's dtype
 
 
 def seconds(work: Operations, speed: Speed, method: Cost) -> dict[str, float]:
     return {
         "forward": work.forward / speed.forward,
-        "gram": work.gram / speed.single,
+        "gram": work.gram / speed.gram,
         "solve": (method.overhead * work.solve + work.judge) / speed.single,
     }
 
 
 def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """Time a product in float32 and a product in the model's dtype, about a second in all."""
+    """Time products in float32, in the model's dtype, and of numbers of that dtype, about a second in all."""
     single = _rate(device, torch.float32)
-    return Speed(single, single if dtype == torch.float32 else _rate(device, dtype))
+    if dtype == torch.float32:
+        return Speed(single, single, single)
+    with exact_in_bfloat16(torch.empty(0, dtype=dtype, device=device)):
+        return Speed(single, _rate(device, dtype), _rate(device, torch.float32))
 
 
 def _rate(device: torch.device | str, dtype: torch.dtype) -> float:

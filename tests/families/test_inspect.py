@@ -40,7 +40,7 @@ GIB = 1 << 30
 def known_speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """To time products takes a second or two, and once is enough."""
     if "quickly" not in request.node.name:
-        monkeypatch.setattr(inspection, "measured_speed", lambda device, dtype: Speed(1e11, 1e11))
+        monkeypatch.setattr(inspection, "measured_speed", lambda device, dtype: Speed(1e11, 1e11, 1e11))
 
 
 @pytest.fixture
