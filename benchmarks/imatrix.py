@@ -113,13 +113,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=40, help="of each text to evaluate on")
+    parser.add_argument("--every", type=int, default=1, help="4: each fourth layer alone, others stay dense")
+    parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(asked.threads)
     blocks, source = library(), EMBEDDED if asked.model == "bundled" else asked.model
     loaded = load(source, device="cpu", dtype=torch.float32)
     tokens = spread(asked.dataset, loaded, asked.length, asked.samples)
     texts = {text: spread(text, loaded, asked.length, asked.windows) for text in asked.eval_text}
-    names = [f"{layer.name}.{operator.name}" for layer in loaded.layers for operator in layer.operators]
+    layers = loaded.layers[:: asked.every]
+    names = [f"{layer.name}.{operator.name}" for layer in layers for operator in layer.operators]
     dense, seen = loaded.model, importances(loaded.model, names, tokens)
     print(f"| type | codes by | bits of operators | of the whole | KL: {' / '.join(Path(t).name for t in texts)} | s |")
     print("|---|---|---|---|---|---|")
@@ -128,7 +131,7 @@ def main() -> None:
             model, began = deepcopy(dense), time.perf_counter()
             if way in WAYS:
                 settings = {"quantize": kind, "sparsity": 0, "held_out_samples": 0, "evaluation": None} | WAYS[way]
-                settings |= {"num_calibration_samples": len(tokens)}
+                settings |= {"num_calibration_samples": len(tokens), "targets": names}
                 model = convexprune.prune(model, dataset=tokens, tokenizer=loaded.tokenizer, **settings).model
             else:
                 for name in names:
