@@ -28,7 +28,7 @@ from .._discovery.selection import with_rules
 from .._loading.loading import bundled_if_none
 from .outline import bytes_by_change, gib, read_outline, setting_of
 
-SURVEY = "The look at the dense model that comes before, for the allocation of the zeros, is not counted."
+TRIALS = "The networks with a step in a single layer that allocation 'measured' compares are not counted."
 NO_GPU = "The time is an estimate by the rate of products. It was never compared with a run on a GPU."
 
 
@@ -82,8 +82,7 @@ class Inspection:
     def forecast(self) -> str:
         """Time and memory, in words."""
         needed = self.memory.all if self.device == "cpu" else self.needed
-        survey = ", and a look at the dense model before" if SURVEY in self.notes else ""
-        return f"some {_time(sum(self.seconds.values()))} on {self.device} {load()}{survey}; {gib(needed)} of memory"
+        return f"some {_time(sum(self.seconds.values()))} on {self.device} {load()}; {gib(needed)} of memory"
 
     def verdict(self) -> Iterator[str]:
         """Yield sentences: the fit, and otherwise the settings to change."""
@@ -180,8 +179,8 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
 
 
 def _notes(recipe: Recipe, settings: LayerSettings) -> Iterator[str]:
-    if recipe.allocation not in ("uniform", "rows"):
-        yield SURVEY
+    if recipe.allocation == "measured":
+        yield TRIALS
     for number, rule in enumerate(recipe.rules, 1):
         count = sum(each == number for each in settings.rules.values())
         said = {"sparsity": rule.sparsity, "pattern": rule.pattern, "method": rule.method}

@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,17 @@ def lacks_products(dtype: torch.dtype) -> bool:
     """
     check = getattr(torch.ops.mkldnn, MKLDNN_CHECKS.get(dtype, ""), None)
     return check is not None and not (check() and torch.backends.mkldnn.enabled)
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Return True on AMD's processors with AVX-512, of which MKL, torch's own choice, uses half in float32."""
+    backends = torch.backends
+    if not (backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled):
+        return False
+    wide = backends.cpu.get_cpu_capability().startswith("AVX512") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    described = Path("/proc/cpuinfo")
+    return wide and described.exists() and "AuthenticAMD" in described.read_text()
 
 
 def is_host(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from importlib.resources.abc import Traversable
 
 import torch
 
-from convexprune._device.capabilities import has_bfloat16
+from convexprune._device.capabilities import has_bfloat16, prefers_onednn
 from convexprune._device.kernels import eager_because
 from convexprune._device.switches import recorded, restored
 from convexprune.errors import RecipeError
@@ -82,14 +82,16 @@ def steps(device: torch.device | str) -> str:
 def processor(device: torch.device | str) -> dict[str, str]:
     """Return the settings that decide the order of sums and the formats of products on a device.
 
-    They are the format of steps, torch's instruction set, switches away from torch's defaults, and a GPU's name and
-    kernels.
+    They are the format of steps, torch's instruction set, the library of float32 products, switches away from torch's
+    defaults, and a GPU's name and kernels.
     """
     device, gpu = torch.device(device), dict[str, str]()
     if device.type == "cuda":
         kernels = "op by op" if eager_because(device) else "fused"
         gpu = {"gpu": torch.cuda.get_device_name(device), "kernels": kernels}
-    return {"steps": steps(device), "instructions": torch.backends.cpu.get_cpu_capability()} | gpu | recorded()
+    library = {"products": "oneDNN"} if prefers_onednn() else {}
+    instructions = {"instructions": torch.backends.cpu.get_cpu_capability()}
+    return {"steps": steps(device)} | instructions | library | gpu | recorded()
 
 
 def installation(device: torch.device | str) -> dict[str, str]:

@@ -3,8 +3,7 @@
     float32   unchanged
     tf32      both factors rounded to 11 significant bits, sums in float32
     bf16x3    both factors split into two of bfloat16; the three larger products of parts summed in float32: 16 bits
-    auto      float32 on a CPU; bf16x3 on a GPU that multiplies bfloat16 and sums in float32. Second moments of inputs
-              in bfloat16 have exact products on both, if the device multiplies bfloat16
+    auto      float32 on a CPU; bf16x3 on a GPU that multiplies bfloat16 and sums in float32
 
 On a CPU the coarse formats are emulated, to show their cost. Certificates are in float64, or in `Parts` where a GPU is
 slow at float64: a bound in either case.
@@ -21,11 +20,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convexprune._device.capabilities import MKLDNN_CHECKS, has_bfloat16, has_fast_doubles, is_host, lacks_products
+from convexprune._device.capabilities import (
+    MKLDNN_CHECKS,
+    has_bfloat16,
+    has_fast_doubles,
+    is_host,
+    lacks_products,
+    prefers_onednn,
+)
 from convexprune._device.switches import restored
 
 Format = Literal["auto", "float32", "tf32", "bf16x3"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+
+_LARGE = 2**22  # multiplications, below which either library is as quick
 
 T = TypeVar("T")
 _solving: ContextVar[Format] = ContextVar("solving", default="float32")
@@ -64,7 +72,7 @@ def certifies_in_parts(like: Tensor) -> bool:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
     """Return total [m k] + alpha a b in the format of solves; see `product`."""
-    if _chosen(_solving.get(), a) != "float32":
+    if _chosen(_solving.get(), a) != "float32" or _by_onednn(a, b):
         return torch.add(total, product(a, b), alpha=alpha, out=out)
     if b.ndim == 2:
         return torch.addmm(total, a, b, alpha=alpha, out=out)
@@ -79,7 +87,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def bare_product(a: Tensor, b: Tensor) -> Tensor:
     """Return a product a b [m k] in the dtype of both; see `product`."""
-    return _by_rows(_by_matrix(a, b) @ b)
+    return _by_rows(_times(_by_matrix(a, b), b))
 
 
 def _by_matrix(a: Tensor, b: Tensor) -> Tensor:
@@ -101,22 +109,10 @@ def add_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
         return
     a, b = a.to(total), b.to(total)
     format = _chosen(_summing.get(), a)
-    if format == "float32":
+    if format == "float32" and not _by_onednn(a.T, b):
         total.addmm_(a.T, b)
     else:
         total.add_(_multiplied(a.T, b, format))
-
-
-def exact_in_bfloat16(x: Tensor) -> AbstractContextManager[None]:
-    """Inside, the numbers of `x` may be multiplied as bfloat16 on a CPU, if they are: only sums are rounded.
-
-    torch's switch is on oneDNN, which then multiplies float32 two to three times as fast (torch 2.9 or newer).
-    """
-    backend = torch.backends.mkldnn.matmul if hasattr(torch.backends, "fp32_precision") else None
-    exact = x.dtype == torch.bfloat16 and is_host(x.device) and has_bfloat16(x.device)
-    if backend is None or not exact or _summing.get() != "auto":
-        return nullcontext()
-    return restored(partial(getattr, backend, "fp32_precision"), partial(setattr, backend, "fp32_precision"), "bf16")
 
 
 @cache
@@ -145,7 +141,20 @@ def _multiplied(a: Tensor, b: Tensor, format: Format) -> Tensor:
         return wide_product(low_a, high_b).add_(wide_product(high_a, low_b)).add_(wide_product(high_a, high_b))
     if format == "tf32":
         return _rounded(a) @ _rounded(b) if is_host(a.device) else _in_tf32(a, b)
-    return a @ b
+    return _times(a, b)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b, by the library that is quicker."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "") if _by_onednn(a, b) else a @ b
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    """Return True for a large product of matrices in float32 without gradients, where oneDNN is quicker."""
+    if a.dtype != torch.float32 or a.ndim != 2 or b.ndim != 2 or len(a) * b.numel() < _LARGE or not is_host(a.device):
+        return False
+    plain = not (a.requires_grad or b.requires_grad or 0 in a.stride() or 0 in b.stride())
+    return plain and prefers_onednn()
 
 
 def _split(a: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from convexprune._device.precision import exact_in_bfloat16, widened
+from convexprune._device.precision import bare_product, widened
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.measure import WIDE, WIDEST
 from convexprune._runs.sizes import LayerSize, ModelSize, Setting, Stack
@@ -198,24 +198,20 @@ def cheaper(setting: Setting, light: Cost, refit: bool) -> dict[str, Setting]:
 class Speed:
     single: float  # in float32
     forward: float
-    gram: float  # of second moments of the model's dtype
 
 
 def seconds(work: Operations, speed: Speed, method: Cost) -> dict[str, float]:
     return {
         "forward": work.forward / speed.forward,
-        "gram": work.gram / speed.gram,
+        "gram": work.gram / speed.single,
         "solve": (method.overhead * work.solve + work.judge) / speed.single,
     }
 
 
 def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """Time products in float32, in the model's dtype, and of numbers of that dtype, about a second in all."""
+    """Time a product in float32 and a product in the model's dtype, about a second in all."""
     single = _rate(device, torch.float32)
-    if dtype == torch.float32:
-        return Speed(single, single, single)
-    with exact_in_bfloat16(torch.empty(0, dtype=dtype, device=device)):
-        return Speed(single, _rate(device, dtype), _rate(device, torch.float32))
+    return Speed(single, single if dtype == torch.float32 else _rate(device, dtype))
 
 
 def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
@@ -224,7 +220,7 @@ def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
 
     width = WIDTH if torch.device(device).type == "cpu" else WIDTH_ON_GPU
     a = torch.full((width, width), 0.5, dtype=dtype, device=device)
-    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    timer = Timer("product(a, a)", globals={"a": a, "product": bare_product}, num_threads=torch.get_num_threads())
     with widened(a.device, dtype):  # as a model's are
         return 2 * width**3 / min(timer.blocked_autorange(min_run_time=SECONDS).times)
 

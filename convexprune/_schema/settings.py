@@ -132,7 +132,7 @@ class TargetSettings(Settings):
         None,
         "How the zeros, or the bits, are spread. uniform: the same share in each operator. rows: that too, but its "
         "rows compete for it by how much they move the loss. columns: so do whole columns. curve: shares of least "
-        "predicted loss, after a survey (some five times SparseGPT); half-curve, half of the way; measured, for N:M, "
+        "predicted loss, after a survey of the dense model; half-curve, half of the way; measured, for N:M, "
         "bits and types, with costs corrected by the divergence of the pruned model. owl, skewness: by the scores of "
         "each decoder layer. N:M takes uniform, curve, measured. Left out: for convex and admm rows if unstructured, "
         "quota matrix; columns for channels, curve for bits; else uniform.",
@@ -235,8 +235,8 @@ class MethodSettings(Settings):
         "What finds the codes of quantize: descent, ours; or a baseline: gptq (with prefix pruned and error_correction "
         "0 as published), gptaq, qep, rtn (round to nearest).",
     )
-    quantizer_args: Arguments = setting({}, "Further settings of its class in convexprune.quantizers: {name: value}.")
-    method_args: Arguments = setting({}, "Further settings of the method's class in convexprune.pruners, likewise.")
+    quantizer_args: Arguments = setting({}, "Further settings of the quantizer's class, as {name: value}.")
+    method_args: Arguments = setting({}, "Further settings of the method's class, as {name: value}.")
 
 
 class RunSettings(Settings):
@@ -264,7 +264,7 @@ class DeviceSettings(Settings):
     gram_precision: Literal["auto", "float32", "tf32", "bf16x3"] = setting(
         "auto",
         "How second moments are multiplied: float32; tf32; bf16x3, three products of bfloat16; auto, float32 on a CPU, "
-        "bf16x3 on a GPU, inputs in bfloat16 exactly in 16 bits. A CPU emulates the coarse ones.",
+        "bf16x3 on a GPU, where inputs in 16 bits are multiplied exactly. A CPU emulates the coarse ones.",
     )
     solve_precision: Literal["auto", "float32", "tf32", "bf16x3"] = setting(
         "auto", "How solves multiply, likewise. Certificates and errors are never coarser than float32."

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from convexprune._device.precision import add_gram, exact_in_bfloat16, has_wide_sums
+from convexprune._device.precision import add_gram, has_wide_sums
 from convexprune.errors import PruningError
 
 STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the whole
@@ -20,11 +20,11 @@ def add_square(total: Tensor, x: Tensor) -> None:
 
     X [tokens n] has the dtype of the sum, or 16 bits.
     """
+    if not has_wide_sums(x.device):
+        x = x.to(total)
     rows = -(-len(total) // STRIPS)
-    with exact_in_bfloat16(x):
-        x = x if has_wide_sums(x.device) else x.to(total)
-        for first in range(0, len(total), rows):
-            add_gram(total[first : first + rows, first:], x[:, first : first + rows], x[:, first:])
+    for first in range(0, len(total), rows):
+        add_gram(total[first : first + rows, first:], x[:, first : first + rows], x[:, first:])
 
 
 def from_upper(triangle: Tensor) -> Tensor:

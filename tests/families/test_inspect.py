@@ -15,7 +15,7 @@ from convexprune._runs.cost import Speed
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
 from convexprune.adapters._discovery.experts import fused_parameters
 from convexprune.adapters._inspection import inspection
-from convexprune.adapters._inspection.inspection import SURVEY, inspect
+from convexprune.adapters._inspection.inspection import TRIALS, inspect
 from convexprune.adapters._inspection.outline import read_outline
 from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
@@ -40,7 +40,7 @@ GIB = 1 << 30
 def known_speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """To time products takes a second or two, and once is enough."""
     if "quickly" not in request.node.name:
-        monkeypatch.setattr(inspection, "measured_speed", lambda device, dtype: Speed(1e11, 1e11, 1e11))
+        monkeypatch.setattr(inspection, "measured_speed", lambda device, dtype: Speed(1e11, 1e11))
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_the_operators_are_those_that_a_run_finds(family: str, tmp_path: Path):
 def test_what_is_not_counted_is_said():
     assert not inspect(EMBEDDED).notes
     assert inspect(EMBEDDED).work.forward > inspect(EMBEDDED, allocation="uniform").work.forward
-    assert inspect(EMBEDDED, allocation="owl").notes == inspect(EMBEDDED, allocation="curve").notes == (SURVEY,)
+    assert inspect(EMBEDDED, bits=3, allocation="measured").notes == (TRIALS,)
     assert "was not checked" in inspect(EMBEDDED, target="10MB").notes[-1]
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 import convexprune
 from convexprune._device import precision as room
-from convexprune._device.capabilities import has_bfloat16
-from convexprune._device.precision import add_gram, add_product, product, solving_in, summing_in
+from convexprune._device.precision import add_gram, add_product, bare_product, product, solving_in, summing_in
 from convexprune._device.switches import restored
 from convexprune.constraints import Unstructured
 from convexprune.core import _symmetric as triangle
@@ -52,6 +51,28 @@ def test_by_default_a_cpu_multiplies_in_float32(seed: int):
         assert not torch.equal(add_product(total, a, b), torch.addmm(total, a, b))
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch comes without oneDNN")
+@pytest.mark.parametrize("of", [lambda x: x, lambda x: x.T, lambda x: x[::2, 1:], lambda x: x[:1].expand(30, 70)])
+def test_large_products_are_in_full_float32_by_either_library(of: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(room, "_LARGE", 0)
+    monkeypatch.setattr(room, "prefers_onednn", lambda: True)
+    a = of(random(0, 60, 70).float() * (1 + 2.0**-12))
+    b, total = random(1, a.shape[1], 33).float()[:, 1:], random(2, len(a), 32).float()
+    exact, reach = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    gram, out = torch.ones(a.shape[1], a.shape[1]), torch.empty_like(total)
+    add_gram(gram, a, a)
+    assert add_product(total, a, b, alpha=-1, out=out) is out
+    for found, right, size in (
+        (product(a, b), exact, reach),
+        (bare_product(a, b), exact, reach),
+        (out, total - exact, reach + total.abs()),
+        (gram, 1 + a.double().T @ a.double(), 1 + a.double().abs().T @ a.double().abs()),
+    ):
+        assert found.dtype == torch.float32 and ((found - right).abs() <= 2.0**-20 * size).all()
+    leaf = a.clone().requires_grad_()
+    assert product(leaf, b).requires_grad and torch.equal(product(a.double(), b.double()), exact)
+
+
 def test_tf32_keeps_eleven_bits():
     values = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11 - 2**-20, -1 - 2**-12, 3.0e38])
     assert torch.equal(room._rounded(values), torch.tensor([1.0, 1 + 2**-10, 1.0, -1.0, room._rounded(values)[-1]]))
@@ -78,29 +99,6 @@ def test_second_moments_of_16_bits_are_multiplied_exactly_where_sums_are_wide(dt
     wide.add(x)
     assert calls and set(calls) == {(dtype, dtype, torch.float32)}
     torch.testing.assert_close(wide.gram, plain.gram, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="the CPU has no products of bfloat16")
-def test_second_moments_of_bfloat16_are_multiplied_exactly_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
-    switch = torch.backends.mkldnn.matmul
-    before, seen = switch.fp32_precision, list[str]()
-    real = triangle.add_gram
-    monkeypatch.setattr(triangle, "add_gram", lambda *args: (seen.append(switch.fp32_precision), real(*args)))
-    whole = (random(0, 512, 200) * 40).round()  # sums stay below 2^24
-    moments = Moments(200)
-    moments.add(whole.bfloat16())
-    assert torch.equal(moments.gram.double() * 512, whole.T @ whole)
-    for other in (whole.float(), whole.half()):
-        Moments(200).add(other)
-    with summing_in("float32"):
-        Moments(200).add(whole.bfloat16())
-    assert set(seen[: triangle.STRIPS]) == {"bf16"} and set(seen[triangle.STRIPS :]) == {before}
-    assert switch.fp32_precision == before
-    x, plain, quick = random(1, 2048, 200).bfloat16(), Moments(200), Moments(200)
-    quick.add(x)
-    plain.add(x.float())
-    size = plain.gram.diagonal().sqrt()
-    assert ((quick.gram - plain.gram).abs() <= 1e-5 * torch.outer(size, size)).all()
 
 
 def test_second_moments_are_added_up_in_the_format_that_is_named():

@@ -80,10 +80,10 @@ def test_work_is_counted_by_hand():
 
 def test_an_overhead_is_that_of_the_methods_own_products():
     found = cost.work(PLAIN, SETTING)
-    lap = seconds(found, Speed(single=10.0, forward=5.0, gram=20.0), Convex.cost)
+    lap = seconds(found, Speed(single=10.0, forward=5.0), Convex.cost)
     assert lap == {
         "forward": found.forward / 5,
-        "gram": found.gram / 20,
+        "gram": found.gram / 10,
         "solve": pytest.approx((1.8 * found.solve + found.judge) / 10),
     }
     refitted = Refitted(SparseGPT()).cost  # one product of its own, sixty of the refit
@@ -144,7 +144,7 @@ def test_what_is_no_amount_of_memory_is_refused(text: str):
 
 def test_the_time_on_a_gpu_is_said_to_be_unchecked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(inspection, "default_device", lambda _: "cuda")
-    monkeypatch.setattr(inspection, "measured_speed", lambda *_: Speed(1e12, 1e13, 1e12))
+    monkeypatch.setattr(inspection, "measured_speed", lambda *_: Speed(1e12, 1e13))
     found = inspection.inspect(device_memory="80GB", num_calibration_samples=2)
     assert list(found.seconds) == ["forward", "gram", "solve"]
     assert found.notes[-1] == inspection.NO_GPU

@@ -59,8 +59,11 @@ def test_what_is_left_out_of_the_code_is_there():
 
 
 def test_the_kind_of_processor_and_of_gpu_are_named(monkeypatch: pytest.MonkeyPatch):
-    here = machine.processor("cpu")
     named = {"steps": machine.steps("cpu"), "instructions": torch.backends.cpu.get_cpu_capability()}
+    monkeypatch.setattr(machine, "prefers_onednn", lambda: True)
+    assert machine.processor("cpu") == named | {"products": "oneDNN"} | machine.recorded()
+    monkeypatch.setattr(machine, "prefers_onednn", lambda: False)
+    here = machine.processor("cpu")
     assert here == named | machine.recorded()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
     monkeypatch.setattr(machine, "has_bfloat16", lambda device: True)

@@ -15,7 +15,7 @@ import convexprune
 from convexprune._layerwise.allocation import SURVEYED, Unit, allocate_by_rule, candidates
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps import survey as module
-from convexprune._layerwise.steps.survey import alike, survey
+from convexprune._layerwise.steps.survey import alike, by_size, survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._gradients import loss_fisher
@@ -243,6 +243,13 @@ def test_few_rows_speak_for_rows_of_like_loss(rows: int, most: int):
     assert rows > most or like.tolist() == list(range(rows))
     ranks = losses.argsort().argsort()
     assert int((ranks - ranks[like]).abs().max()) <= ceil(rows / min(rows, most)) // 2  # half a part of equal parts
+
+
+def test_errors_of_pruned_rows_stay_and_others_are_in_proportion():
+    """Row 1 has no energy on calibration tokens, and an error on others."""
+    like, sizes = torch.tensor([0, 1, 0, 1]), torch.tensor([2.0, 0.0, 4.0, 8.0])
+    errors = by_size(torch.tensor([3.0, 5.0]), like.unique(), like, sizes)
+    assert errors.tolist() == [3.0, 5.0, 6.0, 0.0]
 
 
 def test_few_rows_give_the_costs_of_all(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):

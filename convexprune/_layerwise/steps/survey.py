@@ -1,6 +1,7 @@
 """Survey the cost of pruning parts of a model to several patterns, in a single pass over the dense model."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate
 from typing import ClassVar
@@ -32,10 +33,20 @@ DENSE = Unstructured(0.0)
 ROWS = 128  # of an operator are enough, since only the shape of a curve matters (lab/tried.md)
 
 
+def shares_rows(pattern: Constraint) -> bool:
+    """Return True if rows share columns or scales, so that a few rows are no sample."""
+    return pattern.by_column or not (pattern.grid is None or pattern.grid.by_row)
+
+
 def needs(pattern: Constraint) -> Cost:
-    """Return the needs of a stack in a survey of patterns around one: factors, and few rows."""
-    alone = pattern.grid is not None and pattern.sparsity == 0  # a single factor is for all
-    return Cost(factorisations=6) if alone else Cost(factorisations=2 * len(candidates(pattern)), overhead=3.0)
+    """Return the needs of a stack in a survey around a pattern: one factor for all bits, or one for each candidate."""
+    if pattern.grid is not None and pattern.sparsity == 0:
+        return Cost(factorisations=6)
+    count, quick = len(candidates(pattern)), SparseGPT.cost
+    if shares_rows(pattern):
+        needed = quick if pattern.grid is None else quick.then(QUANTIZER.cost(pattern.grid, False))
+        return needed._replace(products=count * needed.products, factorisations=count * needed.factorisations)
+    return Cost(factorisations=count * quick.factorisations, overhead=3.0)
 
 
 @torch.no_grad()
@@ -91,56 +102,56 @@ class Survey(AbstractStackStep):
 
     def __call__(self, stacks: Sequence[Stack]) -> None:
         for stack in stacks:
-            weight, moments = stack.weight, stack.statistics.total
+            total, held_out = stack.statistics.total, stack.statistics.held_out
+            dense = LayerProblem(stack.weight, total, DENSE, 0.0)
+            judge = LayerProblem(stack.weight, held_out, DENSE, 0.0) if held_out.tokens else dense
             operators = dict(zip(stack.names, stack.group.operators, strict=True))
             costs = {name: dict[Constraint, float]() for name in operators}
-            forecast = cache(partial(Forecast, LayerProblem(weight, moments, DENSE, 0.0)))
+            forecast = cache(partial(Forecast, dense))
             for pattern in self._patterns:
                 fits = [_fits(pattern, *operator.shape) for operator in operators.values()]
-                errors = self._errors(stack, pattern, fits, forecast) if any(fits) else ()
+                errors = self._errors(stack, pattern, fits, dense, judge, forecast) if any(fits) else ()
                 for name, error, fit in zip(operators, errors, fits, strict=False):
                     if fit:
                         costs[name][pattern] = float(error @ self._fisher[name].to(error)) / 2
-            self._costs |= {name: (operators[name].shape[0] * weight.shape[1], costs[name]) for name in operators}
-            self._powers += sums_of_powers(weight)
-            self._scores.append((weight.abs() * moments.gram.diagonal().sqrt()).flatten().cpu())
+            width = stack.weight.shape[1]
+            self._costs |= {name: (operators[name].shape[0] * width, costs[name]) for name in operators}
+            self._powers += sums_of_powers(stack.weight)
+            self._scores.append((stack.weight.abs() * total.gram.diagonal().sqrt()).flatten().cpu())
 
     def _errors(
-        self, stack: Stack, pattern: Constraint, fits: Sequence[bool], forecast: Callable[[], Forecast]
+        self,
+        stack: Stack,
+        pattern: Constraint,
+        fits: Sequence[bool],
+        dense: LayerProblem,
+        judge: LayerProblem,
+        forecast: Callable[[], Forecast],
     ) -> Sequence[Tensor]:
         """Return the errors by row of operators, by forecast for bits alone, and keep the weights of those that fit."""
-        heights = tuple(operator.shape[0] for operator in stack.group.operators)
-        alone, kept = pattern.grid is not None and pattern.sparsity == 0, self.weights.get(pattern)
-        errors = forecast().errors(Stacked.alike(pattern, heights)) if alone else None
-        if errors is None or kept is not None:
-            together = pattern.by_column or not (pattern.grid is None or pattern.grid.by_row)
-            most = max(heights) if together or kept is not None else ROWS
-            weight, found = self._pruned(stack, [pattern if fit else DENSE for fit in fits], most)
-            errors = found if errors is None else errors
-            if kept is not None:
-                parts = zip(stack.group.operators, weight.split(heights), fits, strict=True)
-                kept |= {operator: part.to(operator.read().dtype) for operator, part, fit in parts if fit}
-        return errors.double().split(heights)
+        heights = [operator.shape[0] for operator in stack.group.operators]
+        kinds, kept = tuple(pattern if fit else DENSE for fit in fits), self.weights.get(pattern)
+        weights = [row_weights(self._fisher[name]).to(dense.weight) for name in stack.names]
 
-    def _pruned(self, stack: Stack, kinds: Sequence[Constraint], most: int) -> tuple[Tensor, Tensor]:
-        """Return the weight of at most so many rows of each operator, and the errors of all rows by theirs."""
-        fisher, folds = [row_weights(self._fisher[name]) for name in stack.names], stack.statistics
-        heights = [len(each) for each in fisher]
-        sizes = stack.weight.square() @ folds.total.gram.diagonal()
-        losses = [f * s for f, s in zip(fisher, sizes.split(heights), strict=True)]
+        def pruned(rows: Tensor, problem: LayerProblem) -> Tensor:
+            edits = solved([problem], [torch.cat(weights)[rows].sqrt()], stack.pruner)
+            return QUANTIZER.quantize(problem, *edits).weight
+
+        if kept is not None:
+            whole = torch.arange(sum(heights), device=dense.weight.device)
+            weight = pruned(whole, replace(dense, pattern=Stacked(kinds, tuple(heights))))
+            parts = zip(stack.group.operators, weight.split(heights), fits, strict=True)
+            kept |= {operator: part.to(operator.read().dtype) for operator, part, fit in parts if fit}
+        if pattern.grid is not None and pattern.sparsity == 0:
+            return forecast().errors(Stacked.alike(pattern, tuple(heights))).double().split(heights)
+        most = max(heights) if shares_rows(pattern) else ROWS
+        sizes = dense.weight.square() @ dense.gram.diagonal()
+        losses = [each * size for each, size in zip(weights, sizes.split(heights), strict=True)]
         firsts = accumulate(heights[:-1], initial=0)
         like = torch.cat([first + alike(each, most) for first, each in zip(firsts, losses, strict=True)])
-        some = like.unique()
-        judge = folds.held_out if folds.held_out.tokens else folds.total
-        pattern = Stacked(tuple(kinds), tuple(min(most, height) for height in heights))
-        whole = Stacked(tuple(kinds), tuple(heights))
-        problem, judged = (
-            LayerProblem(stack.weight, moments, whole, 0.0).rows(some, pattern) for moments in (folds.total, judge)
-        )
-        weight = QUANTIZER.quantize(problem, *solved([problem], [torch.cat(fisher)[some].sqrt()], stack.pruner)).weight
-        shares = torch.zeros_like(sizes)
-        shares[some] = judged.squared_error(weight) / sizes[some].clamp_min(torch.finfo(sizes.dtype).tiny)
-        return weight, sizes * shares[like]
+        some, own = like.unique(), Stacked(kinds, tuple(min(most, height) for height in heights))
+        found = judge.rows(some, own).squared_error(pruned(some, dense.rows(some, own)))
+        return by_size(found, some, like, sizes).double().split(heights)
 
     def units(self) -> list[Unit]:
         """Return a unit by operator of the layer, with outliers and skewness of the layer."""
@@ -157,6 +168,15 @@ def alike(losses: Tensor, most: int) -> Tensor:
     for part in order.tensor_split(min(len(order), most)):
         like[part] = part[len(part) // 2]
     return like
+
+
+def by_size(found: Tensor, some: Tensor, like: Tensor, sizes: Tensor) -> Tensor:
+    """Return errors of all rows [m]: those `found` of some rows [k], and others in proportion to rows `like` them."""
+    shares = torch.zeros_like(sizes)
+    shares[some] = (found / sizes[some]).where(sizes[some] > 0, 0.0)
+    errors = sizes * shares[like]
+    errors[some] = found
+    return errors
 
 
 def _fits(pattern: Constraint, rows: int, columns: int) -> bool:
