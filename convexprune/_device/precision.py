@@ -150,11 +150,14 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Return True for a large product of matrices in float32 without gradients, where oneDNN is quicker."""
+    """Return True for a large product of matrices in float32 without gradients, where oneDNN is quicker.
+
+    Parts of matrices would fall to its reference code, which is slower by orders of magnitude.
+    """
     if a.dtype != torch.float32 or a.ndim != 2 or b.ndim != 2 or len(a) * b.numel() < _LARGE or not is_host(a.device):
         return False
-    plain = not (a.requires_grad or b.requires_grad or 0 in a.stride() or 0 in b.stride())
-    return plain and prefers_onednn()
+    whole = all(each.is_contiguous() or each.T.is_contiguous() for each in (a, b))
+    return whole and not (a.requires_grad or b.requires_grad) and prefers_onednn()
 
 
 def _split(a: Tensor) -> tuple[Tensor, Tensor]:

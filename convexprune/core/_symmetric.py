@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from convexprune._device.capabilities import is_host, prefers_onednn
 from convexprune._device.precision import add_gram, has_wide_sums
 from convexprune.errors import PruningError
 
@@ -22,6 +23,8 @@ def add_square(total: Tensor, x: Tensor) -> None:
     """
     if not has_wide_sums(x.device):
         x = x.to(total)
+    if is_host(x.device) and prefers_onednn():
+        x = x.T.contiguous().T  # strips are whole in memory then
     rows = -(-len(total) // STRIPS)
     for first in range(0, len(total), rows):
         add_gram(total[first : first + rows, first:], x[:, first : first + rows], x[:, first:])
