@@ -28,14 +28,16 @@ def lacks_products(dtype: torch.dtype) -> bool:
     return check is not None and not (check() and torch.backends.mkldnn.enabled)
 
 
-@cache
 def prefers_onednn() -> bool:
     """Return True on AMD's processors with AVX-512, of which MKL, torch's own choice, uses half in float32."""
-    backends = torch.backends
-    if not (backends.mkl.is_available() and backends.mkldnn.is_available() and backends.mkldnn.enabled):
-        return False
-    wide = backends.cpu.get_cpu_capability().startswith("AVX512") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    described = Path("/proc/cpuinfo")
+    return torch.backends.mkldnn.enabled and _has_half_used_vectors()
+
+
+@cache
+def _has_half_used_vectors() -> bool:
+    backends, described = torch.backends, Path("/proc/cpuinfo")
+    known = backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    wide = known and backends.cpu.get_cpu_capability().startswith("AVX512")
     return wide and described.exists() and "AuthenticAMD" in described.read_text()
 
 
