@@ -69,6 +69,11 @@ def test_large_products_are_in_full_float32_by_either_library(of: Any, monkeypat
         (gram, 1 + a.double().T @ a.double(), 1 + a.double().abs().T @ a.double().abs()),
     ):
         assert found.dtype == torch.float32 and ((found - right).abs() <= 2.0**-20 * size).all()
+    monkeypatch.setattr(triangle, "prefers_onednn", lambda: True)
+    moments = Moments(a.shape[1])
+    moments.add(a)
+    wide = a.double()
+    assert ((moments.gram * len(a) - wide.T @ wide).abs() <= 2.0**-19 * wide.abs().T @ wide.abs()).all()
     leaf = a.clone().requires_grad_()
     assert product(leaf, b).requires_grad and torch.equal(product(a.double(), b.double()), exact)
 
