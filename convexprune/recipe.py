@@ -217,8 +217,7 @@ class Recipe(
     @property
     def spare_samples(self) -> int:
         """Number of windows to hold out, if the data set has enough: as asked, or an eighth as many as calibrate."""
-        asked = self.held_out_samples
-        return max(1, self.num_calibration_samples // 8) if asked is None else asked
+        return max(1, self.num_calibration_samples // 8) if self.held_out_samples is None else self.held_out_samples
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -285,7 +284,8 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     spread = "uniform" if not searches else "columns" if channels else "rows" if whole else "uniform"
     codes = codes and given.get("quantizer", "descent") == "descent"
     return {
-        **({"quantize": "gguf", "sparsity": 0.0} if mixed else {}),
+        **({"quantize": "gguf"} if given.get("target") is not None else {}),
+        **({"sparsity": 0.0} if mixed else {}),
         "token_weights": "attention_sink" if codes and ours and not published else "none",
         "prefix": prefix,
         "error_correction": alpha or (0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0),

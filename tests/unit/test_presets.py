@@ -47,6 +47,13 @@ def test_a_preset_is_a_few_settings_and_what_is_given_counts(asked: dict[str, An
     assert (recipe.deviations is not None) == ("method" in asked)
 
 
+@pytest.mark.parametrize("quantize", ["gguf", "compressed-tensors"])
+def test_types_by_bits_are_named_wherever_a_run_is_to_be_repeated(quantize: str):
+    recipe = make_recipe(quantize=quantize, bits=6)
+    assert recipe.chosen == {"quantize": quantize, "bits": 6} and make_recipe(**recipe.chosen) == recipe
+    assert make_recipe(target="1GB").chosen == {"target": make_recipe(target="1GB").target}
+
+
 def test_a_setting_that_the_method_of_a_preset_does_not_take_names_the_preset():
     with pytest.raises(RecipeError, match=r"'sparsegpt', of preset 'fast', does not take it"):
         make_recipe(preset="fast", solver="admm").build_pruner()
