@@ -235,8 +235,8 @@ class MethodSettings(Settings):
         "What finds the codes of quantize: descent, ours; or a baseline: gptq (with prefix pruned and error_correction "
         "0 as published), gptaq, qep, rtn (round to nearest).",
     )
-    quantizer_args: Arguments = setting({}, "Further settings of the quantizer's class, as {name: value}.")
-    method_args: Arguments = setting({}, "Further settings of the method's class, as {name: value}.")
+    quantizer_args: Arguments = setting({}, "Settings of the quantizer's class: {name: value}.")
+    method_args: Arguments = setting({}, "Settings of the method's class: {name: value}.")
 
 
 class RunSettings(Settings):
