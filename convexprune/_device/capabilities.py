@@ -29,12 +29,12 @@ def lacks_products(dtype: torch.dtype) -> bool:
 
 
 def prefers_onednn() -> bool:
-    """Return True on AMD's processors with AVX-512, of which MKL, torch's own choice, uses half in float32."""
-    return torch.backends.mkldnn.enabled and _has_half_used_vectors()
+    """Return True on AMD's processors with AVX-512, where MKL, which torch takes for float32, uses AVX2 alone."""
+    return torch.backends.mkldnn.enabled and _is_amd_with_avx512()
 
 
 @cache
-def _has_half_used_vectors() -> bool:
+def _is_amd_with_avx512() -> bool:
     backends, described = torch.backends, Path("/proc/cpuinfo")
     known = backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     wide = known and backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -33,8 +33,6 @@ from convexprune._device.switches import restored
 Format = Literal["auto", "float32", "tf32", "bf16x3"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-_LARGE = 2**22  # multiplications, below which either library is as quick
-
 T = TypeVar("T")
 _solving: ContextVar[Format] = ContextVar("solving", default="float32")
 _summing: ContextVar[Format] = ContextVar("summing", default="auto")
@@ -144,15 +142,22 @@ def _multiplied(a: Tensor, b: Tensor, format: Format) -> Tensor:
     return _times(a, b)
 
 
+_LARGE = 2**22  # multiplications, below which MKL is about as quick
+
+
+def in_columns(x: Tensor) -> Tensor:
+    """Return tokens [tokens n] with each column whole in memory, where strips of columns go to oneDNN."""
+    return x.T.contiguous().T if x.dtype == torch.float32 and is_host(x.device) and prefers_onednn() else x
+
+
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b, by the library that is quicker."""
     return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "") if _by_onednn(a, b) else a @ b
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     """Return True for a large product of matrices in float32 without gradients, where oneDNN is quicker.
 
-    Parts of matrices would fall to its reference code, which is slower by orders of magnitude.
+    For parts of matrices oneDNN has reference code alone, a thousand times slower.
     """
     if a.dtype != torch.float32 or a.ndim != 2 or b.ndim != 2 or len(a) * b.numel() < _LARGE or not is_host(a.device):
         return False

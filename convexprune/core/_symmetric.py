@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from convexprune._device.capabilities import is_host, prefers_onednn
-from convexprune._device.precision import add_gram, has_wide_sums
+from convexprune._device.precision import add_gram, has_wide_sums, in_columns
 from convexprune.errors import PruningError
 
 STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the whole
@@ -22,9 +21,7 @@ def add_square(total: Tensor, x: Tensor) -> None:
     X [tokens n] has the dtype of the sum, or 16 bits.
     """
     if not has_wide_sums(x.device):
-        x = x.to(total)
-    if is_host(x.device) and prefers_onednn():
-        x = x.T.contiguous().T  # strips are whole in memory then
+        x = in_columns(x.to(total))
     rows = -(-len(total) // STRIPS)
     for first in range(0, len(total), rows):
         add_gram(total[first : first + rows, first:], x[:, first : first + rows], x[:, first:])

@@ -51,13 +51,26 @@ def test_by_default_a_cpu_multiplies_in_float32(seed: int):
         assert not torch.equal(add_product(total, a, b), torch.addmm(total, a, b))
 
 
+PARTS = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.T,
+    "every second row": lambda x: x[::2],
+    "some columns": lambda x: x[:, 1:],
+    "the same row": lambda x: x[:1].expand(30, 70),
+}
+
+
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch comes without oneDNN")
-@pytest.mark.parametrize("of", [lambda x: x, lambda x: x.T, lambda x: x[::2, 1:], lambda x: x[:1].expand(30, 70)])
-def test_large_products_are_in_full_float32_by_either_library(of: Any, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("other", ["rows", "columns", "some columns"])
+@pytest.mark.parametrize("part", PARTS)
+def test_large_products_are_in_full_float32_by_either_library(part: str, other: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(room, "_LARGE", 0)
     monkeypatch.setattr(room, "prefers_onednn", lambda: True)
-    a = of(random(0, 60, 70).float() * (1 + 2.0**-12))
-    b, total = random(1, a.shape[1], 33).float()[:, 1:], random(2, len(a), 32).float()
+    a = PARTS[part](random(0, 60, 70).float() * (1 + 2.0**-12))
+    b = PARTS[other](random(1, *((33, a.shape[1]) if other == "columns" else (a.shape[1], 33))).float())
+    whole = {"rows", "columns"}
+    assert room._by_onednn(a, b) == (part in whole and other in whole)
+    total = random(2, len(a), b.shape[1]).float()
     exact, reach = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     gram, out = torch.ones(a.shape[1], a.shape[1]), torch.empty_like(total)
     add_gram(gram, a, a)
@@ -69,7 +82,6 @@ def test_large_products_are_in_full_float32_by_either_library(of: Any, monkeypat
         (gram, 1 + a.double().T @ a.double(), 1 + a.double().abs().T @ a.double().abs()),
     ):
         assert found.dtype == torch.float32 and ((found - right).abs() <= 2.0**-20 * size).all()
-    monkeypatch.setattr(triangle, "prefers_onednn", lambda: True)
     moments = Moments(a.shape[1])
     moments.add(a)
     wide = a.double()
