@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune._layerwise.allocation import (
+    LOOKING,
     SURVEYED,
     WEIGHED,
     ModelAllocation,
@@ -79,7 +80,7 @@ def allocate_each(
         for rule, settings in asked
         if rule == "measured"
     }
-    is_surveyed = not {rule for rule, _ in asked} <= {"uniform", "columns", "rows"}
+    is_surveyed = any(rule in LOOKING for rule, _ in asked)
     count = len(validation_batches)
     units = (
         survey(model, batches, count, patterns, outputs, record=record, trials=[*trials.values()])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from convexprune._layerwise.allocation import SURVEYED, WEIGHED
+from convexprune._layerwise.allocation import LOOKING, SURVEYED, WEIGHED
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.steps.survey import needs
 from convexprune._runs import cost, sizes
@@ -199,8 +199,7 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     pruner = recipe.build_pruner()
     method, scaled = method_of(recipe, pruner), cost.SCALED * (recipe.allocation in WEIGHED)
-    spare = recipe.spare_samples if recipe.target is None else 0
-    is_surveyed = recipe.allocation not in ("uniform", "columns", "rows")
+    seen = min(WINDOWS, recipe.num_calibration_samples) + (recipe.spare_samples if recipe.target is None else 0)
     return sizes.Setting(
         samples=recipe.num_calibration_samples,
         held_out=recipe.spare_samples,
@@ -211,7 +210,7 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
         dense_prefix=recipe.prefix == "dense",
         bound=recipe.bound_rows > 0,
         gradients=min(gradient_windows(recipe.allocation, length), recipe.num_calibration_samples),
-        surveyed=min(WINDOWS, recipe.num_calibration_samples) + spare if is_surveyed else 0,
+        surveyed=seen if recipe.allocation in LOOKING else 0,
         survey=needs(recipe.build_pattern()) if recipe.allocation in SURVEYED else Cost(),
         side_by_side=pruner.side_by_side,
         input_errors=QUANTIZERS[recipe.quantizer].input_errors,

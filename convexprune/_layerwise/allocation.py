@@ -19,6 +19,7 @@ from convexprune.errors import CalibrationError, RecipeError, unknown
 
 RULES = ("uniform", "columns", "rows", "curve", "half-curve", "measured", "owl", "skewness")
 WEIGHED = RULES[1:6]  # those that need gradients
+LOOKING = RULES[3:]  # those that look at the dense model
 SURVEYED = RULES[3:6]  # those that prune for it
 REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
 FINE = 20  # points of a curve between two that were surveyed, where any share can be had
@@ -134,7 +135,7 @@ def check_rule(rule: str, pattern: Constraint) -> None:
             f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform', 'curve' and "
             "'measured'."
         )
-    if rule not in ("uniform", "columns", "rows") and pattern.removes:
+    if rule in LOOKING and pattern.removes:
         raise RecipeError(
             f"Allocation {rule!r} gives each operator a share of its own, and with pattern {pattern} all layers keep "
             "the same width. Accepted: 'uniform', 'rows', and 'columns' for channels and heads."

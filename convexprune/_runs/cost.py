@@ -139,7 +139,7 @@ def work(model: ModelSize, setting: Setting) -> Operations:
                     n2 * (2 * s.outputs * each.products + each.factorisations * s.inputs) for each in (method, survey)
                 )
                 judge += 2 * s.outputs * n2 * judging
-                judge += layer.count * survey.overhead * surveying * (seen > 0)
+                judge += layer.count * survey.overhead * surveying if seen else 0.0
                 solve += layer.count * solving
                 products += layer.count * method.products + judging
         if not setting.dense_prefix:

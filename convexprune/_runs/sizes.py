@@ -1,13 +1,11 @@
 """The sizes that decide the cost of a run: of model and settings."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from convexprune._layerwise.statistics import many_at_once
 from convexprune.pruners import Cost
-
-NOTHING = Cost()
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Setting:
     bound: bool = False
     gradients: int = 0  # number of windows for gradients
     surveyed: int = 0  # number of windows for a survey of the dense model
-    survey: Cost = NOTHING
+    survey: Cost = field(default_factory=Cost)
     side_by_side: bool = False  # True if a GPU solves problems of equal shape together
     input_errors: bool = False  # True if the errors of all inputs are counted (`AbstractQuantizer`)
 

@@ -130,6 +130,7 @@ SETTINGS = st.fixed_dictionaries(
         "error_correction": NUMBER,
         "error_target": st.sampled_from(["operator", "residual_stream"]),
         "prefix": st.sampled_from(["dense", "pruned"]),
+        "quantizer_args": st.dictionaries(TEXT, st.none() | st.booleans() | st.integers() | NUMBER | TEXT, max_size=3),
         "method_args": st.dictionaries(TEXT, st.none() | st.booleans() | st.integers() | NUMBER | TEXT, max_size=3),
         "evaluation": st.none() | TEXT,
         "threads": st.none() | st.integers(1, 64),

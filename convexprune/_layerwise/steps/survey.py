@@ -46,7 +46,7 @@ def needs(pattern: Constraint) -> Cost:
     if shares_rows(pattern):
         needed = quick if pattern.grid is None else quick.then(QUANTIZER.cost(pattern.grid, False))
         return needed._replace(products=count * needed.products, factorisations=count * needed.factorisations)
-    return Cost(factorisations=count * quick.factorisations, overhead=3.0)
+    return quick._replace(products=0.0, factorisations=count * quick.factorisations)
 
 
 @torch.no_grad()
