@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import finite
 
-from ._results import draw, make_row, markdown, text_result, will_draw
+from ._results import draw, make_row, markdown, tasks_result, text_result, will_draw
 from ._side_by_side import DENSE, Comparison, Tokens
-from ._texts import text_of
+from ._texts import evaluate_tasks, require_tasks, text_of
 from ._variants import Variant, allocated, layer_settings, make_variants
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def compare(
         asked.methods, asked.sparsities, asked.patterns, asked.conventions, asked.quota, asked.allocations
     )
     drawing = will_draw(asked.plots)
+    if asked.tasks:
+        require_tasks(asked.tasks, asked.tasks_dir)
     device = default_device(recipe.device)
     adapters.check_dataset(dataset)
     staging = Staging(output_folder(asked.output, model), "compare")
@@ -97,12 +100,15 @@ def compare(
     card = _card(loaded, tokens, recipe) | {
         "model": "the bundled OPT" if model is None else Path(model).name,
         "dataset": str(dataset) if isinstance(dataset, str | Path) else given(dataset),
+        **({"tasks": asked.tasks, "items of a task": asked.limit or "all"} if asked.tasks else {}),
     }
+    of_tasks = {"names": asked.tasks, "folder": asked.tasks_dir, "limit": asked.limit, "batch_size": recipe.batch_size}
+    score = partial(evaluate_tasks, **of_tasks) if asked.tasks else None
     with published(staging):
         work, clock = _claim(staging, card, variants, asked.resume), Clock()
         settings = allocated(loaded, tokens, variants, settings, recipe.batch_size)
         clock.lap("survey for allocations")
-        comparison = Comparison(loaded, tokens, settings, work, recipe.batch_size)
+        comparison = Comparison(loaded, tokens, settings, work, recipe.batch_size, score)
         comparison.run(begin("comparing", comparison.units))
         clock.lap("layers")
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {loaded.device}"
@@ -162,8 +168,11 @@ def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str,
     records = {variant.name: comparison.record(variant.name) for variant in variants}
     return {
         "card": card,
-        "dense": {"texts": {text: text_result(of[DENSE], of[DENSE]) for text, of in found.items()}},
-        "rows": [make_row(variant, records[variant.name]["layers"], found) for variant in variants],
+        "dense": {
+            "texts": {text: text_result(of[DENSE], of[DENSE]) for text, of in found.items()},
+            **tasks_result(comparison.record(DENSE)["tasks"]),
+        },
+        "rows": [make_row(variant, records[variant.name], found) for variant in variants],
         "shared_seconds": {
             "dense": comparison.record(DENSE)["seconds"],
             "survey for allocations": clock.laps["survey for allocations"],

@@ -168,9 +168,15 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
             bits = _bits_per_byte(p, tokens, model)
             beside = (kl, reference[0][0]) if reference else (None, None)
             texts.append(TextScore(text, convention, p, bits, *beside))
-    found = [evaluate_tasks(each, own) for each in opened] if own.tasks else [()]
+    found = [_tasks(each, own) for each in opened] if own.tasks else [()]
     scores = found[0] if len(found) == 1 else tuple(a.beside(b) for a, b in zip(*found, strict=True))
     return Evaluation(model.name, others[0].name if others else None, tuple(texts), tuple(scores), tuple(left_out))
+
+
+def _tasks(model: HuggingFaceModel, own: Evaluate) -> tuple[TaskScore, ...]:
+    begin(f"tasks of {model.name}")
+    settings = {"num_fewshot": own.num_fewshot, "limit": own.limit, "batch_size": own.task_batch}
+    return evaluate_tasks(model, own.tasks, own.tasks_dir, **settings)
 
 
 def _conversations(text: str) -> list[Any] | None:

@@ -26,12 +26,12 @@ convention. *held-out* is on tokens that no method saw. *layer output* compares 
 states, median over held-out tokens of |y* - y|^2 / |y - x|^2: comparable everywhere. *products* [m n] x [n n] are the
 mean over the groups of operators that share an input. *solve* are the seconds of the method itself; *all* has its
 passes through the layer too. *gap* is the largest relative duality gap of a last solve. *more* is the most memory that
-was held while the variant pruned, beyond what was held before."""
+was held while the variant pruned, beyond what was held before. *tasks* is the mean accuracy (acc) over those that have
+one; `compare.json` has the scores of each, with standard errors."""
 
 
-def make_row(
-    variant: Variant, records: Sequence[Mapping[str, Any]], texts: Mapping[str, Mapping[str, Likelihood]]
-) -> Row:
+def make_row(variant: Variant, record: Mapping[str, Any], texts: Mapping[str, Mapping[str, Likelihood]]) -> Row:
+    records: Sequence[Mapping[str, Any]] = record["layers"]
     operators = [o for record in records for o in record["operators"]]
     return {
         "name": variant.name,
@@ -51,6 +51,7 @@ def make_row(
         "texts": {
             text: text_result(found[variant.name], found["dense"]) for text, found in texts.items()
         },
+        **tasks_result(record["tasks"]),
         "solve_seconds": sum(r["solve_seconds"] for r in records),
         "seconds": sum(r["seconds"] for r in records),
         "products": fmean(r["products"] for r in records),
@@ -77,6 +78,11 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
     }
 
 
+def tasks_result(scores: Sequence[Mapping[str, Any]]) -> Row:
+    """Return the scores, and the mean accuracy of all tasks that have one."""
+    return {"tasks": scores, "accuracy": _mean([score["value"] for score in scores if score["metric"] == "acc"])}
+
+
 def table(result: Mapping[str, Any]) -> Table:
     header, lines = cells(result)
     columns = [i for i, name in enumerate(header) if name not in ("median", "+", "more MB", "all s")]
@@ -87,14 +93,16 @@ def table(result: Mapping[str, Any]) -> Table:
 def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     texts = list(result["dense"]["texts"])
     header = [*NAMES, *(name for text in texts for name in (text, "+", "KL"))]
+    header += ["tasks"] * len(accuracy_cell(result["dense"]))
     header += ["error", "median", "held-out", "median", "layer output"]
     header += ["products", "solve s", "all s", "gap", "more MB"]
     blank = ["-"] * 10
-    lines = [["dense", "-", "-", *_text_cells(result["dense"], texts), *blank]]
+    lines = [["dense", "-", "-", *_text_cells(result["dense"], texts), *accuracy_cell(result["dense"]), *blank]]
     for row in result["rows"]:
         errors = [short(row[key][kind]) for key in ("error", "held_out_error") for kind in ("mean", "median")]
         more = None if row["more_bytes"] is None else row["more_bytes"] / 2**20
-        line = [*name_cells(row), *_text_cells(row, texts), *errors, short(row["output_error"]["mean"])]
+        line = [*name_cells(row), *_text_cells(row, texts), *accuracy_cell(row), *errors]
+        line += [short(row["output_error"]["mean"])]
         line += [f"{row[key]:.0f}" for key in ("products", "solve_seconds", "seconds")]
         lines.append([*line, short(row["largest_gap"], ".0e"), short(more, ".0f")])
     return header, lines
@@ -146,6 +154,11 @@ def terminal_table(title: str, header: Sequence[str], lines: Iterable[Sequence[s
 def _text_cells(row: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
     each = (row["texts"][text] for text in texts)
     return [c for t in each for c in (f"{t['perplexity']:.2f}", f"{t['excess']:.2f}", f"{t['kl']:.4f}")]
+
+
+def accuracy_cell(row: Mapping[str, Any]) -> list[str]:
+    """Return the cell of the mean accuracy; none without tasks that have one."""
+    return [] if row["accuracy"] is None else [f"{row['accuracy']:.2%}"]
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -16,7 +16,17 @@ from convexprune.errors import RecipeError
 from convexprune.report import finite
 
 from ._compare import compare, published, require_resumable
-from ._results import NAMES, Row, document, draw_samples, name_cells, terminal_table, to_perplexity, will_draw
+from ._results import (
+    NAMES,
+    Row,
+    accuracy_cell,
+    document,
+    draw_samples,
+    name_cells,
+    terminal_table,
+    to_perplexity,
+    will_draw,
+)
 
 SAMPLES = "samples.json"
 SAME = ("name", "method", "pattern", "quota", "allocation", "asked_sparsity", "convention")
@@ -115,6 +125,8 @@ def _rows(samples: Sequence[Sequence[Row]]) -> list[Row]:
         layer = _over_first([[row["output_error"]["mean"] for row in pair] for pair in pairs])
         known = {key: samples[0][number][key] for key in SAME}
         known["sparsity"] = fmean(row["sparsity"] for row, _ in pairs)
+        scored = [row["accuracy"] for row, _ in pairs]
+        known["accuracy"] = None if None in scored else fmean(scored)
         rows.append(known | {"first": samples[0][first]["name"], "texts": texts, "layer": layer})
     return rows
 
@@ -135,13 +147,14 @@ def _over_first(pairs: Sequence[Sequence[float | str | None]]) -> dict[str, floa
 
 def cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     texts = list(summary["dense"]["texts"])
-    header = [*NAMES, *(name for text in texts for name in (text, "KL", "KL / first")), "layer output", "layer / first"]
+    header = [*NAMES, *(name for text in texts for name in (text, "KL", "KL / first"))]
+    header += [*["tasks"] * len(accuracy_cell(summary["dense"])), "layer output", "layer / first"]
     lines = []
     for row in summary["rows"]:
         line = name_cells(row)
         for found in (row["texts"][text] for text in texts):
             line += [f"{found['perplexity']:.2f}", *_of_first(found["kl"], ".4f")]
-        lines.append([*line, *_of_first(row["layer"], ".2e")])
+        lines.append([*line, *accuracy_cell(row), *_of_first(row["layer"], ".2e")])
     return header, lines
 
 

@@ -1,12 +1,12 @@
 """Variants on the same tokens: each is pruned as `prune` does it, a layer after another, and measured; then the next.
 
-A layer has its dense weights back before the next one is pruned: no pruned model is ever kept. A variant that is
-measured is a file.
+A layer has its dense weights back before the next one is pruned: no pruned model is kept, unless tasks are scored. A
+variant that is measured is a file.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -60,9 +60,10 @@ class Comparison:
         variants: Mapping[str, LayerSettings],
         folder: Path,
         batch_size: int = 1,
+        tasks: Callable[[HuggingFaceModel], Sequence[Any]] | None = None,
     ) -> None:
         self._model, self._tokens, self._variants, self._folder = model, tokens, variants, folder
-        self._batch_size = batch_size
+        self._batch_size, self._tasks = batch_size, tasks
         self._texts = {name: list(windows.split(batch_size)) for name, windows in tokens.texts.items()}
         fitted = (windows.split(batch_size) for windows in (tokens.calibration, tokens.held_out) if len(windows))
         self._fitted = list(chain.from_iterable(fitted))
@@ -88,7 +89,9 @@ class Comparison:
 
         with self._states() as states:
             walk(DENSE, states, self._through_texts)
-            write_json(self._path(DENSE), {"seconds": time.perf_counter() - began})
+            if self.record(DENSE) is None:
+                seconds = time.perf_counter() - began
+                write_json(self._path(DENSE), {"seconds": seconds, "tasks": self._scores()})
             for name in self._variants:
                 if self.record(name) is None:
                     self._measure(name, self._final(states), walk)
@@ -108,12 +111,15 @@ class Comparison:
         settings, layers = self._variants[name], list[dict[str, Any]]()
 
         def step(context: LayerContext) -> None:
-            with _put_back(context.layer):
+            with ExitStack() as until_the_next:
+                (until_the_end if self._tasks else until_the_next).enter_context(_put_back(context.layer))
                 layers.append(self._pruned(context, settings))
                 self._through_texts(context)
 
         with self._states() as states:
-            walk(name, states, step, settings.streams)
+            with ExitStack() as until_the_end:
+                walk(name, states, step, settings.streams)
+                tasks = self._scores()
             began, last = time.perf_counter(), self._final(states)
             found = {
                 text: likelihoods(self._model, batches, dense[text], {name: last[text]})
@@ -121,7 +127,10 @@ class Comparison:
             }
         texts = {text: {network: asdict(each) for network, each in of.items()} for text, of in found.items()}
         spent = time.perf_counter() - began
-        write_json(self._path(name), {"layers": layers, "texts": texts, "evaluation_seconds": spent})
+        write_json(self._path(name), {"layers": layers, "texts": texts, "tasks": tasks, "evaluation_seconds": spent})
+
+    def _scores(self) -> list[dict[str, Any]]:
+        return [asdict(score) for score in self._tasks(self._model)] if self._tasks else []
 
     def _pruned(self, context: LayerContext, settings: LayerSettings) -> dict[str, Any]:
         """Prune a layer by a variant, and return what is to be recorded of it."""

@@ -14,8 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from convexprune._progress import begin
-from convexprune._schema.functions import Evaluate
 from convexprune.adapters import CORPORA, TEXT_FILES, HuggingFaceModel, is_file, read_text, split_field
 from convexprune.errors import CalibrationError, DependencyError, ModelError, RecipeError, install_hint, unknown
 
@@ -111,20 +109,17 @@ def require_tasks(names: Sequence[str], folder: Path | None) -> None:
             raise RecipeError(f"Unknown task {name!r}.{guess} `lm-eval ls tasks` lists all of them.")
 
 
-def evaluate_tasks(model: HuggingFaceModel, own: Evaluate) -> tuple[TaskScore, ...]:
+def evaluate_tasks(
+    model: HuggingFaceModel, names: Sequence[str], folder: Path | None, **settings: Any
+) -> tuple[TaskScore, ...]:
+    """Score tasks, with `settings` of lm-eval beside: `limit`, `num_fewshot`, `batch_size`."""
     if model.tokenizer is None:
         raise ModelError(f"{model.name} has no tokenizer, so it reads no task.")
     harness, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
-    begin(f"tasks of {model.name}")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it says of the model is not so: it is loaded already
-    wrapped = models.HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=own.task_batch)
+    wrapped = models.HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=settings.pop("batch_size"))
     found = harness.simple_evaluate(
-        model=wrapped,
-        tasks=list(own.tasks),
-        task_manager=_manager(own.tasks, own.tasks_dir),
-        num_fewshot=own.num_fewshot,
-        limit=own.limit,
-        log_samples=False,
+        model=wrapped, tasks=list(names), task_manager=_manager(names, folder), log_samples=False, **settings
     )
     assert found is not None  # but on other ranks
     counts: dict[str, Any] = found.get("n-samples", {})

@@ -11,6 +11,10 @@ from convexprune._schema.parameters import LISTED, RECIPE, Parameters
 from convexprune._schema.settings import ALLOW_CHANGED, LARGEST_SEED, Plain, Reading, RemoteCode
 from convexprune.errors import OutputError, RecipeError
 
+TASKS = setting((), "Tasks of lm-eval to measure accuracy on, as hellaswag,arc_easy (needs lm-eval).", first=True)
+TASKS_DIR = setting(None, "Folder with task files of your own, as lm-eval reads them.", first=True)
+LIMIT = setting(None, "Only the first so many items of each task, to try it out.", ge=1)
+
 
 class Compare(Settings):
     group = "comparison"
@@ -51,6 +55,9 @@ class Compare(Settings):
         "--eval-text",
         first=True,
     )
+    tasks: Annotated[tuple[str, ...], LISTED] = TASKS
+    tasks_dir: Path | None = TASKS_DIR
+    limit: int | None = LIMIT
     eval_window: int | None = setting(None, "Tokens of a window. Left out: 1024, or the model's limit if less.", ge=2)
     eval_windows: int | None = setting(20, "The first so many windows of each text; 0: all.", ge=0)
     resume: bool = setting(False, "Go on with an interrupted comparison; its settings must be the same.")
@@ -103,10 +110,8 @@ class Evaluate(Reading):
         first=True,
         named=True,
     )
-    tasks: Annotated[tuple[str, ...], LISTED] = setting(
-        (), "Tasks of lm-eval to measure accuracy on, as hellaswag,arc_easy (needs lm-eval).", first=True
-    )
-    tasks_dir: Path | None = setting(None, "Folder with task files of your own, as lm-eval reads them.", first=True)
+    tasks: Annotated[tuple[str, ...], LISTED] = TASKS
+    tasks_dir: Path | None = TASKS_DIR
     window: int | None = setting(
         None,
         "Tokens of a window; they do not overlap. Left out: the common convention, 2048 or the model's limit if less, "
@@ -117,7 +122,7 @@ class Evaluate(Reading):
         None, "Only the first so many windows of each text. Left out: all; of c4 256, as published.", ge=1
     )
     num_fewshot: int | None = setting(None, "Examples before each item of a task. Left out: as the task has it.", ge=0)
-    limit: int | None = setting(None, "Only the first so many items of each task, to try it out.", ge=1)
+    limit: int | None = LIMIT
     task_batch: int = setting(8, "Items of a task in one forward pass.", "--batch-size", ge=1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convexprune
 from convexprune import errors
 from convexprune.validation import _evaluate as module
-from convexprune.validation import _texts
+from convexprune.validation import _texts, compare
 
 __all__ = ["folder"]  # a fixture of test_cli
 
@@ -163,25 +164,62 @@ ITEMS = [
 ]
 
 
-def test_tasks_are_scored_as_by_hand(pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with tasks of lm-eval: `pairs`, the likelier of two sentences, and `prose`, the bits of good ones."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    dense, other, _ = pair
     rows = [{"good": good, "bad": bad} for good, bad in ITEMS * 3]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = {
-        "task": "pairs", "dataset_path": "json", "output_type": "multiple_choice", "validation_split": "train",
-        "dataset_kwargs": {"data_files": {"train": str(tmp_path / "items.jsonl")}}, "doc_to_text": "",
-        "doc_to_target": 0, "doc_to_choice": "{{[good, bad]}}", "num_fewshot": 0, "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
-    (tmp_path / "pairs.yaml").write_text(yaml.safe_dump(task))
-    found = convexprune.evaluate(other, against=dense, tasks=["pairs"], tasks_dir=tmp_path)
+    files = {"data_files": {"train": str(tmp_path / "items.jsonl")}}
+    own: dict[str, dict[str, Any]] = {
+        "pairs": {"output_type": "multiple_choice", "doc_to_target": 0, "doc_to_choice": "{{[good, bad]}}"},
+        "prose": {"output_type": "loglikelihood_rolling", "doc_to_target": "{{good}}"},
+    }
+    for (name, task), metric in zip(own.items(), ("acc", "bits_per_byte"), strict=True):
+        task |= {"task": name, "dataset_path": "json", "dataset_kwargs": files, "validation_split": "train"}
+        task |= {"doc_to_text": "", "num_fewshot": 0, "metric_list": [{"metric": metric}]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    return tmp_path
+
+
+def test_tasks_are_scored_as_by_hand(pair: tuple[Path, Path, Path], tasks: Path):
+    dense, other, _ = pair
+    found = convexprune.evaluate(other, against=dense, tasks=["pairs"], tasks_dir=tasks)
     (score,) = found.tasks
     expected = [sum(_likelier(model, *pair) for pair in ITEMS) / len(ITEMS) for model in (other, dense)]
     assert [score.value, score.dense] == expected and score.items == 6 and score.error is not None
     with pytest.raises(errors.RecipeError, match=r"Unknown task 'pair'\. Did you mean pairs"):
-        convexprune.evaluate(other, tasks="pair", tasks_dir=tmp_path)
+        convexprune.evaluate(other, tasks="pair", tasks_dir=tasks)
     assert import_module("lm_eval") is not None and len(list(found.tables())) == 1
+
+
+def test_a_comparison_scores_tasks_of_each_pruned_model(pair: tuple[Path, Path, Path], tasks: Path):
+    """A row's scores are those of the folder that `prune` writes, and no row is another one for them."""
+    dense, _, text = pair
+    asked: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4, "held_out_samples": 0}
+    settings: dict[str, Any] = asked | {
+        "methods": ["sparsegpt", "magnitude"], "sparsities": [0.9], "conventions": ["pruned-own"],
+        "eval_texts": [str(text)], "eval_window": 16, "eval_windows": 2, "plots": False,
+    }  # fmt: skip
+    result = compare(dense, **settings, output=tasks / "with", tasks=["pairs", "prose"], tasks_dir=tasks, limit=4)
+    rows, card = result["rows"], result["card"]
+    assert card["tasks"] == ("pairs", "prose") and card["items of a task"] == 4
+    own = {"prefix": "pruned", "error_correction": 0.0, "error_target": "operator", "allocation": "uniform"}
+    for method, found in ({None: result["dense"]} | {row["method"]: row for row in rows}).items():
+        model = dense if method is None else tasks / method
+        if method is not None:
+            convexprune.prune(dense, method=method, sparsity=0.9, output_dir=model, dtype="float32", **asked, **own)
+        scores = convexprune.evaluate(model, tasks=["pairs", "prose"], tasks_dir=tasks, limit=4, dtype="float32").tasks
+        assert found["tasks"] == [*map(asdict, scores)] and found["accuracy"] == scores[0].value
+    assert len({found["tasks"][1]["value"] for found in (result["dense"], *rows)}) == 3
+    plain = compare(dense, **settings, output=tasks / "without")
+    assert [row["texts"] for row in plain["rows"]] == [row["texts"] for row in rows]
+    assert plain["dense"]["accuracy"] is None and "tasks" not in plain["card"]
+    head, *lines = [line for line in (tasks / "with" / "report.md").read_text().splitlines() if line.startswith("| ")]
+    shown = [cells[head.split(" | ").index("tasks")] for cells in (line.split(" | ") for line in lines[1:])]
+    assert shown == [f"{found['accuracy']:.2%}" for found in (result["dense"], *rows)]
+    assert "| tasks |" not in (tasks / "without" / "report.md").read_text()
 
 
 def _likelier(model: Path, good: str, bad: str) -> bool:
