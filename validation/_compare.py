@@ -20,7 +20,7 @@ from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._recipe_file import given
 from convexprune._runs.folder import checksum
-from convexprune._schema.functions import COMPARE
+from convexprune._schema.functions import COMPARE, TASK_BATCH
 from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
 from convexprune._storage.files import write_json
@@ -102,7 +102,7 @@ def compare(
         "dataset": str(dataset) if isinstance(dataset, str | Path) else given(dataset),
         **({"tasks": asked.tasks, "items of a task": asked.limit or "all"} if asked.tasks else {}),
     }
-    of_tasks = {"names": asked.tasks, "folder": asked.tasks_dir, "limit": asked.limit, "batch_size": recipe.batch_size}
+    of_tasks = {"names": asked.tasks, "folder": asked.tasks_dir, "limit": asked.limit, "batch_size": TASK_BATCH}
     score = partial(evaluate_tasks, **of_tasks) if asked.tasks else None
     with published(staging):
         work, clock = _claim(staging, card, variants, asked.resume), Clock()

@@ -13,6 +13,7 @@ from convexprune.errors import OutputError, RecipeError
 
 TASKS = setting((), "Tasks of lm-eval to measure accuracy on, as hellaswag,arc_easy (needs lm-eval).", first=True)
 TASKS_DIR = setting(None, "Folder with task files of your own, as lm-eval reads them.", first=True)
+TASK_BATCH = 8
 LIMIT = setting(None, "Only the first so many items of each task, to try it out.", ge=1)
 
 
@@ -123,7 +124,7 @@ class Evaluate(Reading):
     )
     num_fewshot: int | None = setting(None, "Examples before each item of a task. Left out: as the task has it.", ge=0)
     limit: int | None = LIMIT
-    task_batch: int = setting(8, "Items of a task in one forward pass.", "--batch-size", ge=1)
+    task_batch: int = setting(TASK_BATCH, "Items of a task in one forward pass.", "--batch-size", ge=1)
 
 
 class Bench(Reading):
