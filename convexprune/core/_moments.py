@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convexprune._device.precision import add_gram
+from convexprune._device.precision import add_gram, bare_product
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._symmetric import add_square, from_upper, quadratic_forms
 from convexprune.errors import ProblemError
@@ -52,7 +52,7 @@ class ErrorMoments:
         if self.change.ndim == 1:
             return self.cross.to(weight), self.change.to(weight)
         weight = weight.to(self.cross)
-        return weight @ self.cross, quadratic_forms(weight, from_upper(self.change))
+        return bare_product(weight, self.cross), quadratic_forms(weight, from_upper(self.change))
 
     def is_finite(self) -> bool:
         return bool((self.change if self.change.ndim == 1 else self.change.diagonal()).isfinite().all())

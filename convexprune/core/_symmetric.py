@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from convexprune._device.precision import add_gram, has_wide_sums, in_columns
+from convexprune._device.precision import add_gram, bare_product, has_wide_sums, in_columns
 from convexprune.errors import PruningError
 
 STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the whole
@@ -35,7 +35,7 @@ def from_upper(triangle: Tensor) -> Tensor:
 def quadratic_forms(weight: Tensor, matrix: Tensor) -> Tensor:
     """Return w_i M w_i' by row [m] of a weight, in the dtype of a symmetric M."""
     weight = weight.to(matrix)
-    return ((weight @ matrix) * weight).sum(1)
+    return (bare_product(weight, matrix) * weight).sum(1)
 
 
 def rounding_margin(gram: Tensor) -> float:

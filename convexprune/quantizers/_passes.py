@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import bare_product
 from convexprune.constraints import OnGrid, divisible
 from convexprune.core import definite_factor, upper_factor
 
@@ -46,7 +47,9 @@ class Sweep:
         scales, kept = step.T[order], mask.T[order]
         offsets = torch.zeros_like(scales[:, :1]) if offset is None else offset.T[order]
         divisors, left, upper = divisible(scales), weight.T[order], self._upper
-        pulls = None if cross is None else (cross[order][:, order] @ upper.T).triu_(1) @ upper
+        pulls = None
+        if cross is not None:
+            pulls = bare_product(bare_product(cross[order][:, order], upper.T).triu_(1), upper)
         codes = torch.empty_like(left)
         for first in range(0, columns, SWEPT):
             last = min(first + SWEPT, columns)
@@ -60,7 +63,7 @@ class Sweep:
                     part[j + 1 :] += pulls[first + j, first + j + 1 : last, None] * part[j]
                 part[j:] -= u[j, j:, None] * errors[j]
                 codes[first + j] = code
-            left[last:] -= upper[first:last, last:].T @ errors
+            left[last:] -= bare_product(upper[first:last, last:].contiguous().T, errors)
             if pulls is not None:
                 left[last:] += pulls[first:last, last:].T @ part  # rounded by now
         return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(0, self._order, codes).T.contiguous())
@@ -101,7 +104,7 @@ class Sweep:
                 after.copy_(after.gather(1, parents[j].expand_as(after)) - upper[j, j + 1 : last, None, None] * error)
             begin = _followed(errors, parents[first:last], alone)
             rest = left[last:].gather(1, begin.expand_as(left[last:]))
-            left[last:] = rest - (upper[first:last, last:].T @ errors.flatten(1)).view_as(rest)
+            left[last:] = rest - bare_product(upper[first:last, last:].contiguous().T, errors.flatten(1)).view_as(rest)
         _followed(codes, parents, cost.argmin(0, keepdim=True).expand(width, rows))
         return torch.empty_like(codes[:, 0]).index_copy_(0, order, codes[:, 0]).T.contiguous()
 

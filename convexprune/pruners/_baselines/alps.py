@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import bare_product
 from convexprune._setting_types import Count, NotNegative, Positive
 from convexprune.constraints import Constraint
 from convexprune.core import Quadratic
@@ -69,7 +70,7 @@ class ALPS(AbstractPruner):
         """Return the last B [m n], and the number of iterations."""
 
         def inverse(rho: float) -> Tensor:
-            return ((vectors / (eigenvalues + rho)) @ vectors.T).to(dense.dtype)
+            return bare_product(vectors / (eigenvalues + rho), vectors.T).to(dense.dtype)
 
         assert quadratic.anchor is not None
         dense = scores = quadratic.anchor
@@ -80,7 +81,7 @@ class ALPS(AbstractPruner):
         solve = inverse(rho)
         while iteration < self.iterations:
             iteration += 1
-            scores = dense + (quadratic.cross - dual + rho * (kept - dense)) @ solve
+            scores = dense + bare_product(quadratic.cross - dual + rho * (kept - dense), solve)
             target = scores + dual / rho
             mask = pattern.mask(target.abs())
             kept = target * mask

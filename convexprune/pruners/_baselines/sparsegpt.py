@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import bare_product
 from convexprune._setting_types import Count, NotNegative
 from convexprune.constraints import Constraint
 from convexprune.core import ridged, upper_factor
@@ -41,7 +42,9 @@ class SparseGPT(AbstractPruner):
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
         upper, cross = upper_factor(ridged(problem.quadratic.gram, self.damping)), problem.quadratic.cross
-        weight = problem.weight + cross @ upper.T @ upper if bool(cross.any()) else problem.weight.clone()
+        weight = problem.weight.clone()
+        if bool(cross.any()):
+            weight += bare_product(bare_product(cross, upper.T), upper)
         width, group = weight.shape[1], problem.pattern.block
         block = max(group, self.block // group * group)  # a block ends where a group ends
         mask = torch.empty_like(weight, dtype=torch.bool)
@@ -49,7 +52,7 @@ class SparseGPT(AbstractPruner):
             last = min(first + block, width)
             part, u = weight[:, first:last], upper[first:last, first:last]
             mask[:, first:last], errors = self._sweep(part, u, problem.pattern, first)
-            weight[:, last:] -= errors @ upper[first:last, last:]
+            weight[:, last:] -= bare_product(errors, upper[first:last, last:].contiguous())
         return LayerEdit(weight * mask, mask)
 
     def _sweep(self, part: Tensor, u: Tensor, pattern: Constraint, first: int) -> tuple[Tensor, Tensor]:
