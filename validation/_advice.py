@@ -1,6 +1,7 @@
 """`advise`: ways to a smaller or faster model that reach a target, with measured costs."""
 
 import csv
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files as package_files
@@ -22,7 +23,7 @@ from convexprune.recipe import make_recipe
 
 AS_IT_IS = "the model as it is, in 16 bits"
 NO_FOLDER = "Bytes of whole files are counted for the folder of a model: download it for those."
-LOSSLESS = 10.6  # bits of a bfloat16 weight in a pack, whatever it is (docs/pack.md)
+LOSSLESS = {torch.bfloat16: 10.6, torch.float16: 13.7}  # bits of a weight in a pack, whatever it is (docs/pack.md)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Advice:
             return
         yield f"{self.target}: {best.way.name}, {best.way.times:.2f} times the dense perplexity."
         yield from (f"  {command}" for command in best.commands)
-        yield f"An estimate, by measurements on {MEASURED_ON}. For yours: convexprune eval DIR --against {self.model}"
+        own = f"convexprune eval DIR --against {shlex.quote(self.model)}"
+        yield f"An estimate, by measurements on {MEASURED_ON}. For yours: {own}"
 
 
 def measured() -> list[Way]:
@@ -195,6 +197,8 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
             f"advise needs a single target, and {came}. Accepted: target='4GiB' (--target), bits=3.5 (--bits) or "
             "speed=1.5 (--speed)."
         )
+    if asked.memory and asked.target is None:
+        raise RecipeError(f"memory is of target, and {given[0]} is given. Give target, or leave memory out.")
     (kind,), value = given, float(getattr(asked, given[0]))
     source = bundled_if_none({"model": model})["model"]
     outline = read_outline(source, make_recipe(model=str(source)), asked.trust_remote_code)
@@ -205,14 +209,19 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
 
     def applied(way: Way) -> Advised:
         inside, rest = way.kept * operators, way.kept * (decoder - operators) + size.fixed
-        other = LOSSLESS if way.then == "pack" else 16
-        disk, memory = inside * way.disk + rest * other, inside * way.memory + rest * 16
+        is_coded, arguments, dtype = way.then == "pack", way.arguments, outline.dtype
+        if dtype not in LOSSLESS or (is_coded and arguments and dtype != torch.bfloat16):  # as it was measured
+            arguments, dtype = f"{arguments or '--sparsity 0'} --dtype bfloat16", torch.bfloat16
+        other = LOSSLESS[dtype] if is_coded else 16
+        of_operators = way.disk if way.arguments or not is_coded else other
+        disk, memory = inside * of_operators + rest * other, inside * way.memory + rest * 16
         bits, faster = disk / (dense / 16), dense / memory
         nbytes = (memory if asked.memory else disk) / 8
         reached = {"target": nbytes <= value, "bits": bits <= value, "speed": faster >= value}
-        prune = f"convexprune prune {source} {way.arguments} --dataset TEXT --output DIR"
-        then = f"convexprune {way.then} {'DIR' if way.arguments else source} OUT"
-        commands = (*([prune] if way.arguments else []), *([then] if way.then else []))
+        place = shlex.quote(str(source))
+        prune = f"convexprune prune {place} {arguments} --dataset TEXT --output DIR"
+        then = f"convexprune {way.then} {'DIR' if arguments else place} OUT"
+        commands = (*([prune] if arguments else []), *([then] if way.then else []))
         return Advised(way, int(disk / 8), int(memory / 8), bits, faster, reached[kind], commands)
 
     ways = map(applied, [Way(AS_IT_IS, "", "", 16, 16, 1, 1, 1, ""), *measured()])

@@ -79,8 +79,9 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
 
 
 def tasks_result(scores: Sequence[Mapping[str, Any]]) -> Row:
-    """Return the scores, and the mean accuracy of all tasks that have one."""
-    return {"tasks": scores, "accuracy": _mean([score["value"] for score in scores if score["metric"] == "acc"])}
+    """Return the scores, and the mean accuracy of all tasks that have one; a group counts in place of its parts."""
+    counted = [score["value"] for score in scores if score["metric"] == "acc" and score["part_of"] is None]
+    return {"tasks": scores, "accuracy": _mean(counted)}
 
 
 def table(result: Mapping[str, Any]) -> Table:

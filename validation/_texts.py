@@ -13,6 +13,7 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from convexprune.adapters import CORPORA, TEXT_FILES, HuggingFaceModel, is_file, read_text, split_field
 from convexprune.errors import CalibrationError, DependencyError, ModelError, RecipeError, install_hint, unknown
@@ -87,6 +88,7 @@ class TaskScore:
     items: int | None
     dense: float | None = None
     dense_error: float | None = None
+    part_of: str | None = None  # the group whose value of this metric has this one in it
 
     def beside(self, dense: "TaskScore") -> "TaskScore":
         return replace(self, dense=dense.value, dense_error=dense.error)
@@ -101,12 +103,17 @@ def require_tasks(names: Sequence[str], folder: Path | None) -> None:
         raise DependencyError(f"Tasks need lm-eval: {install_hint('eval')}")
     if folder is not None and not folder.expanduser().is_dir():
         raise RecipeError(f"tasks_dir={str(folder)!r} is no folder. Give one with task files (.yaml) of lm-eval.")
-    known = _manager(names, folder).all_tasks
+    manager = _manager(names, folder)
+    known = manager.all_tasks
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3)
             guess = f" Did you mean {', '.join(near)}?" if near else ""
             raise RecipeError(f"Unknown task {name!r}.{guess} `lm-eval ls tasks` lists all of them.")
+    try:
+        getattr(manager, "load", manager.load_task_or_group)(list(names))  # with their data
+    except Exception as cause:  # a task raises what it likes
+        raise RecipeError(f"Tasks {', '.join(names)} cannot be loaded: {cause}") from cause
 
 
 def evaluate_tasks(
@@ -115,17 +122,19 @@ def evaluate_tasks(
     """Score tasks, with `settings` of lm-eval beside: `limit`, `num_fewshot`, `batch_size`."""
     if model.tokenizer is None:
         raise ModelError(f"{model.name} has no tokenizer, so it reads no task.")
-    harness, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
+    harness, models = import_module("lm_eval.evaluator"), import_module("lm_eval.models.huggingface")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it says of the model is not so: it is loaded already
     wrapped = models.HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=settings.pop("batch_size"))
-    found = harness.simple_evaluate(
-        model=wrapped, tasks=list(names), task_manager=_manager(names, folder), log_samples=False, **settings
-    )
+    with patch.multiple(harness, get_git_commit_hash=str, add_env_info=bool):  # they run git, pip and others
+        found = harness.simple_evaluate(
+            model=wrapped, tasks=list(names), task_manager=_manager(names, folder), log_samples=False, **settings
+        )
     assert found is not None  # but on other ranks
     counts: dict[str, Any] = found.get("n-samples", {})
-    return tuple(
-        score for task, metrics in found["results"].items() for score in _scores(task, metrics, counts.get(task))
-    )
+    scores = [s for task, metrics in found["results"].items() for s in _scores(task, metrics, counts.get(task))]
+    groups: dict[str, list[str]] = found.get("group_subtasks", {})
+    whole = {(part, s.metric): s.task for s in scores for part in groups.get(s.task, [])}
+    return tuple(replace(score, part_of=whole.get((score.task, score.metric))) for score in scores)
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:

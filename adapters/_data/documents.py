@@ -40,9 +40,9 @@ def is_conversation(row: Any) -> bool:
     return all(isinstance(each, Mapping) and all(isinstance(each.get(field), str) for field in FIELDS) for each in row)
 
 
-def _rendered(conversation: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+def _rendered(conversation: Any, tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(conversation), tokenize=False))
+        return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, **options))
     except Exception as cause:  # a template raises what it likes
         raise CalibrationError(
             f"The chat template refuses the conversation that begins {shown(str(conversation)[:60])} ({cause})."
@@ -55,7 +55,10 @@ def answers(conversation: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     for number, message in enumerate(conversation):
         if message["role"] == "assistant":
             before, after = conversation[:number], conversation[: number + 1]
-            begin = len(str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)))
+            if before:
+                begin = len(_rendered(before, tokenizer, add_generation_prompt=True))
+            else:  # templates refuse no messages
+                begin = max(0, whole.find(message["content"].strip()))
             spans.append((begin, len(_rendered(after, tokenizer))))
     read: Any = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     inside = [any(begin <= first < end for begin, end in spans) for first, _ in read["offset_mapping"]]

@@ -30,6 +30,7 @@ from convexprune._storage.failures import working
 from convexprune._storage.files import named
 from convexprune._storage.staging import Staging
 from convexprune.adapters import Inspection, load
+from convexprune.constraints import FAMILIES
 from convexprune.errors import PatternError, RecipeError, unknown
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.solvers import AbstractSolver
@@ -40,6 +41,8 @@ EXCLUDES = {
     "target": ("bits", "quantize"),
 }
 """Settings of a recipe that make room for one that is given beside it, because both together mean nothing."""
+SIZES = {"bits": ("target",), "target": ("bits",)}
+"""The same for files of one size, where `quantize` is the layout."""
 
 
 @visible
@@ -115,9 +118,11 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
             raise RecipeError(
                 f"recipe is a {type(recipe).__name__}. Accepted: a Recipe, its file, or the folder of a run."
             )
-        gone = {other for name, others in EXCLUDES.items() if given.get(name) is not None for other in others}
         read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())
-        given = {name: value for name, value in read.chosen.items() if name not in gone} | given
+        excludes = SIZES if (given.get("quantize") or read.quantize) in FAMILIES else EXCLUDES
+        gone = {other for name, others in excludes.items() if given.get(name) is not None for other in others}
+        zeros = {} if read.sparsity is None or "pattern" in given else {"sparsity": read.sparsity}
+        given = zeros | {name: value for name, value in read.chosen.items() if name not in gone} | given
     call, asked = PRUNE.read(given)
     for name in ("model", "dataset", "evaluation"):
         if isinstance(text := asked.get(name), str) and text.endswith(GIVEN):

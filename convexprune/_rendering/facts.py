@@ -100,7 +100,7 @@ def short(name: str) -> str:
 
 def _zeros(report: Report) -> Iterator[Fact]:
     weights = sum(o.outputs * o.inputs for o in report.operators)
-    if report.narrowed is None or report.sparsity:
+    if report.narrowed is None:  # else what is gone is no zero
         yield Fact("zeros", f"{report.sparsity:.2%} of {weights:,} weights in {len(report.operators)} operators")
 
 

@@ -17,8 +17,16 @@ TASK_BATCH = 8
 LIMIT = setting(None, "Only the first so many items of each task, to try it out.", ge=1)
 
 
+def _needs_tasks(asked: Any) -> Any:
+    for name in ("tasks_dir", "limit", "num_fewshot"):
+        if getattr(asked, name, None) is not None and not asked.tasks:
+            raise RecipeError(f"{name} is of tasks, and no task is named. Name some (--tasks), or leave {name} out.")
+    return asked
+
+
 class Compare(Settings):
     group = "comparison"
+    _tasks = model_validator(mode="after")(_needs_tasks)
     methods: Annotated[tuple[str, ...], LISTED] = setting(
         ("fista", "sparsegpt", "wanda", "magnitude"),
         "Methods, or solvers of the method convex; with settings of their own as in sparsegpt:damping=0.1 or "
@@ -99,6 +107,7 @@ def _texts(texts: Any) -> list[str]:
 
 class Evaluate(Reading):
     group = "data"
+    _tasks = model_validator(mode="after")(_needs_tasks)
     text: Annotated[tuple[str, ...], BeforeValidator(_texts)] = setting(
         (),
         "Texts to measure perplexity on: .txt or .jsonl files; wikitext2, c4, ptb (from the hub); python-docs, "

@@ -75,6 +75,8 @@ def _told(fault: Mapping[str, Any], kind: type[Settings]) -> str:
         return unknown(f"setting of {'.'.join(map(str, inside))}", last, each.model_fields)
     if fault["type"].startswith("byte_size"):
         return f"{name}={shown(fault['input'])} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB."
+    if fault["type"] == "model_type":
+        return f"{name}={shown(fault['input'])} names no settings. Write {{targets: [q_proj], sparsity: 0.3}}, say."
     return f"{name}={shown(fault['input'])}: {fault['msg']}."
 
 

@@ -74,6 +74,28 @@ def test_a_model_that_is_as_it_should_be_is_left_as_it_is(folder: Path, target: 
     assert [*found.verdict()] == [*found.notes, told]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sizes_of_other_formats_are_those_of_the_commands(tiny_llama: HuggingFaceModel, tmp_path: Path, dtype: Any):
+    """Packs were measured in bfloat16: their commands make one, and float16 values as they are take more bits."""
+    folder = tmp_path / "a model"
+    tiny_llama.model.to(dtype).save_pretrained(folder)
+    found = advise(folder, target="1MB")
+    packs = [each for each in found.ways if each.way.then == "pack"]
+    coded, pruned = (next(each for each in packs if bool(each.way.arguments) == own) for own in (False, True))
+    assert pruned.commands[0].startswith(f"convexprune prune '{folder}' ") and "bfloat16" in pruned.commands[0]
+    if dtype == torch.float16:
+        assert coded.commands == (f"convexprune pack '{folder}' OUT",)
+        packed = convexprune.pack(folder, tmp_path / "packed").output_dir
+        assert sum(f.stat().st_size for f in packed.glob("*.*")) == pytest.approx(coded.disk, rel=0.1)
+    else:
+        assert "--sparsity 0 --dtype bfloat16" in coded.commands[0] and coded.bits == pytest.approx(10.6)
+
+
+def test_memory_is_of_a_target(folder: Path):
+    with pytest.raises(RecipeError, match="memory is of target, and bits is given"):
+        advise(folder, bits=9.5, memory=True)
+
+
 @pytest.mark.parametrize("target", [{}, {"bits": 3.0, "speed": 2.0}])
 def test_one_target_is_asked_for(folder: Path, target: dict[str, float]):
     with pytest.raises(RecipeError, match=r"needs a single target.*Accepted: target='4GiB'"):

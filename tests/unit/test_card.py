@@ -149,7 +149,7 @@ def test_quantization_is_no_sparsity(build, tmp_path: Path):
     convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "out", **SETTINGS | grid)
     text = (tmp_path / "out" / "README.md").read_text()
     data = _metadata(text)
-    assert "int4 in groups of 32, by descent" in text
+    assert "int4 in groups of 32, by descent" in text and "| zeros |" in text
     assert "sparse" not in data["tags"] and "sparsity" not in data
     assert "sparsity_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
@@ -159,6 +159,7 @@ def test_a_model_without_some_of_its_channels_is_not_sparse(dense: Path, tmp_pat
     report = convexprune.prune(dense, output_dir=tmp_path / "out", **settings).report
     text = (tmp_path / "out" / "README.md").read_text()
     assert "a smaller dense model" in text and "sparsity" not in _metadata(text) and "| removed |" in text
+    assert "| zeros |" not in text
     assert report.narrowed and "sparsity_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 

@@ -19,6 +19,7 @@ import convexprune
 from convexprune import errors
 from convexprune.validation import _evaluate as module
 from convexprune.validation import _texts, compare
+from convexprune.validation._results import tasks_result
 
 __all__ = ["folder"]  # a fixture of test_cli
 
@@ -98,6 +99,7 @@ def test_the_command_prints_json(pair: tuple[Path, Path, Path]):
         ({"text": ["no.txt"]}, errors.CalibrationError, "no.txt"),
         ({"text": ["licences"], "window": 100}, errors.CalibrationError, "can see 64 tokens at most"),
         ({"text": ["licences"], "tasks": ["a"]}, errors.DependencyError, "Tasks need lm-eval: pip install"),
+        ({"text": ["licences"], "limit": 3}, errors.RecipeError, "limit is of tasks, and no task is named. Name some"),
         ({"txt": ["licences"]}, errors.RecipeError, "Unknown setting 'txt'. Did you mean 'text'?"),
     ],
 )
@@ -180,6 +182,12 @@ def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         task |= {"task": name, "dataset_path": "json", "dataset_kwargs": files, "validation_split": "train"}
         task |= {"doc_to_text": "", "num_fewshot": 0, "metric_list": [{"metric": metric}]}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    both = {"group": "both", "task": ["pairs", "again"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(both))
+    again = own["pairs"] | {"task": "again", "doc_to_target": 1}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
+    lost = own["pairs"] | {"task": "lost", "dataset_kwargs": {"data_files": {"train": "not-there.jsonl"}}}
+    (tmp_path / "lost.yaml").write_text(yaml.safe_dump(lost))
     return tmp_path
 
 
@@ -222,6 +230,26 @@ def test_a_comparison_scores_tasks_of_each_pruned_model(pair: tuple[Path, Path, 
     assert "| tasks |" not in (tasks / "without" / "report.md").read_text()
 
 
+def test_a_group_of_tasks_counts_once(pair: tuple[Path, Path, Path], tasks: Path, capfd: pytest.CaptureFixture[str]):
+    """`both` is the mean of `pairs` and of its opposite `again`; beside `opposite` it is one of two."""
+    scores = convexprune.evaluate(pair[1], tasks=["both"], tasks_dir=tasks, limit=3).tasks
+    values = {score.task: score.value for score in scores if score.metric == "acc"}
+    assert values["pairs"] + values["again"] == 1 and values["both"] == 0.5
+    assert {score.task: score.part_of for score in scores} == {"both": None, "pairs": "both", "again": "both"}
+    others = [asdict(scores[0]) | {"task": "other", "part_of": None, "value": 1.0}]
+    assert tasks_result([*map(asdict, scores), *others])["accuracy"] == 0.75
+    assert "git" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "said"), [(["lost"], "not-there.jsonl"), (["both", "pairs"], "[Dd]uplicate")])
+def test_tasks_that_cannot_be_loaded_are_refused(
+    pair: tuple[Path, Path, Path], tasks: Path, names: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "load", None)  # nothing is loaded before
+    with pytest.raises(errors.RecipeError, match=f"Tasks {', '.join(names)} cannot be loaded: (.|\n)*{said}"):
+        convexprune.evaluate(pair[1], tasks=names, tasks_dir=tasks)
+
+
 def _likelier(model: Path, good: str, bad: str) -> bool:
     network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
 
@@ -236,7 +264,8 @@ def _likelier(model: Path, good: str, bad: str) -> bool:
 
 def test_of_chats_the_answers_alone_count(pair: tuple[Path, Path, Path]):
     dense, other, text = pair
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    template = "{% if not messages %}{{ raise_exception('none') }}{% endif %}"
+    template += "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     for place in (dense, other):
         tokenizer = AutoTokenizer.from_pretrained(place)
@@ -244,6 +273,7 @@ def test_of_chats_the_answers_alone_count(pair: tuple[Path, Path, Path]):
         tokenizer.save_pretrained(place)
     chats = [("What is a whale?", "A great beast."), ("And a ship?", "A house that swims on the wide sea.")]
     roles = ("user", "assistant")
+    opening = [{"role": "assistant", "content": " Ask me."}]
     written = [{"messages": [{"role": r, "content": c} for r, c in zip(roles, chat, strict=True)]} for chat in chats]
     path = text.with_name("chat.jsonl")
     path.write_text("\n".join(map(json.dumps, written)))
@@ -266,6 +296,10 @@ def test_of_chats_the_answers_alone_count(pair: tuple[Path, Path, Path]):
         convexprune.evaluate(other, text=[path], window=2)
     path.write_text("\n".join(json.dumps({"turns": each["messages"]}) for each in written))
     assert convexprune.evaluate(other, text=[f"{path}#turns"]).texts[0].perplexity == score.perplexity
+    path.write_text(json.dumps({"messages": opening + written[0]["messages"]}))  # some templates refuse no messages
+    (first,) = convexprune.evaluate(other, text=[path]).texts
+    said = tokenizer("Ask me.\n", add_special_tokens=False).input_ids, tokenizer(f"{chats[0][1]}\n").input_ids
+    assert abs(first.perplexity.tokens - sum(map(len, said))) <= 2  # tokens may begin before
     path.write_text(json.dumps({"messages": written[0]["messages"][:1]}))
     with pytest.raises(errors.CalibrationError, match="no chat has an assistant's message"):
         convexprune.evaluate(other, text=[path])

@@ -72,6 +72,11 @@ def test_a_rule_is_one_pruner_on_every_rank(build):
         assert len(each.pruners) == 4 and len({id(pruner) for pruner in each.pruners.values()}) == 1
 
 
+def test_a_rule_that_is_a_word_says_how_rules_are_written():
+    with pytest.raises(errors.RecipeError, match=r"rules\.0='nonsense' names no settings\. Write \{targets: "):
+        make_recipe(rules=["nonsense"])
+
+
 def test_a_pool_prunes_by_rules_to_the_same_bits(folder: Path):
     given: dict[str, Any] = {"dataset": folder / "text.txt", "nsamples": 4, "seqlen": 32, "bound_rows": 0, "threads": 1}
     given |= {"rules": [{"targets": ["k_proj", "v_proj"], "method": "wanda"}, {"targets": ["fc1"], "sparsity": 0.25}]}

@@ -181,6 +181,29 @@ def test_bits_take_the_place_of_the_grid_of_a_recipe_and_a_grid_that_of_bits(the
         make_recipe(**{**asked, **then, **now}).build_pattern()
 
 
+MIXED = {"quantize": "compressed-tensors"}
+
+
+@pytest.mark.parametrize(
+    ("then", "beside", "now"),
+    [
+        ({"target": "2MB"}, {"quantize": "int4"}, {"quantize": "int4", "sparsity": 0.0}),
+        ({"quantize": "gguf", "bits": 9.0}, {"bits": 5.0}, {"quantize": "gguf", "bits": 5.0}),
+        (
+            {"quantize": "compressed-tensors", "bits": 9.0},
+            {"target": "2MB"},
+            {"quantize": "compressed-tensors", "target": "2MB"},
+        ),
+        ({"target": "2MB"}, {"quantize": "compressed-tensors"}, {"quantize": "compressed-tensors", "target": "2MB"}),
+        ({"bits": 3.0, "sparsity": 0.0}, {"target": "2MB"}, {"target": "2MB"}),
+        ({"target": "2MB"}, {"pattern": "2:4", "quantize": "int4"}, {"pattern": "2:4", "quantize": "int4"}),
+    ],
+)
+def test_a_recipe_of_one_size_keeps_its_layout_and_its_zeros(then: dict[str, Any], beside: dict[str, Any], now: Any):
+    recipe = make_recipe(model="a", dataset="b", **then)
+    assert make_recipe(**calls._asked(beside, recipe)[1]) == make_recipe(model="a", dataset="b", **now)
+
+
 def test_a_result_is_not_written_into_the_folder_of_the_model_that_a_recipe_names(dense: Path):
     recipe = make_recipe(model=str(dense), method="magnitude")
     with pytest.raises(errors.OutputError, match="lies inside of the model's own folder"):
