@@ -56,7 +56,7 @@ def from_cvxpy(problem: cp.Problem) -> Problem:
 
     Raises:
         ProblemError: a parameter has no value.
-        UnsupportedError: an atom or a constraint has no form here.
+        UnsupportedError: an atom or a constraint has no form here, or CVXPY does not know the problem as convex.
     """
     require_type(problem, cp.Problem)
     if empty := [str(each) for each in problem.parameters() if each.value is None]:
@@ -64,6 +64,8 @@ def from_cvxpy(problem: cp.Problem) -> Problem:
     variables = problem.variables()
     if len(variables) != 1 or not isinstance(problem.objective, cp.Minimize):
         raise _refusal(f"{type(problem.objective).__name__} over {len(variables)} variables")
+    if not problem.is_dcp():
+        raise _refusal("a form that is not convex by CVXPY's rules")
     before = variables[0].value
     variables[0].save_value(np.zeros(variables[0].shape))
     try:
@@ -120,9 +122,9 @@ class _Parts:
         self.groups, self.nuclear = list[tuple[np.ndarray, float]](), 0.0
 
     def add(self, atom: Any, factor: np.ndarray) -> None:
-        kind, inner = type(atom).__name__, atom.args[0]
+        kind, (inner, *rest) = type(atom).__name__, atom.args or [atom]
         exponent = getattr(getattr(atom, "p", 0), "value", getattr(atom, "p", 0))
-        known = inner.is_affine() and not (factor < 0).any()
+        known = inner.is_affine() and all(each.is_constant() for each in rest) and not (factor < 0).any()
         if known and kind == "quad_over_lin" and atom.axis is None:
             self._square(*self._affine(inner), factor / atom.args[1].value)
         elif known and kind == "QuadForm":
@@ -145,7 +147,8 @@ class _Parts:
         elif known and kind == "normNuc" and inner is self.x:
             self.nuclear += float(factor[0])
         else:
-            raise _refusal(f"{kind} of {type(inner).__name__}" + " with a negative factor" * bool((factor < 0).any()))
+            found = "a linear term" if atom.is_affine() else f"{kind} of {type(inner).__name__}"
+            raise _refusal(found + " with a negative factor" * bool((factor < 0).any()))
 
     def bound(self, condition: Any) -> None:
         kind = type(condition).__name__
@@ -194,6 +197,8 @@ class _Parts:
 
     def _penalty(self) -> AbstractPenalty:
         bounded = bool((self.lower > -inf).any() or (self.upper < inf).any())
+        if (self.lower > 0).any() or (self.upper < 0).any():
+            raise _refusal("bounds that leave out zero")
         l1, columns = self._rows(self.l1), self.m > 1 and bool(self.groups)
         if bounded + bool(self.groups) + (self.nuclear > 0) + ((self.nuclear > 0 or columns) and self.l1.any()) > 1:
             raise _refusal("several penalties, or a penalty and bounds")

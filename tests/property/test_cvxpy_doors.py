@@ -87,7 +87,14 @@ def test_bounds_are_constraints():
 
 @pytest.mark.parametrize("match, objective, constraints", [
     ("huber", lambda x: cp.sum(cp.huber(x)), lambda x: []),
-    ("negative factor", lambda x: flat(x) - cp.norm1(x), lambda x: []),
+    ("not convex", lambda x: flat(x) - cp.norm1(x), lambda x: []),
+    ("not convex", lambda x: cp.norm1(x) + cp.quad_form(x, np.diag([1, -1, 1, 1, 1, 1])), lambda x: []),
+    ("not convex", lambda x: flat(x) + cp.sum(1 / cp.square(x)), lambda x: []),
+    ("not convex", lambda x: cp.norm1(cp.square(x) - 1), lambda x: []),
+    ("negative factor", lambda x: flat(x) - cp.quad_form(x, -np.eye(6)), lambda x: []),
+    ("quad_over_lin", lambda x: flat(x) + cp.quad_over_lin(x, x[0] + 1), lambda x: []),
+    ("leave out zero", flat, lambda x: [x[0] == 1]),
+    ("leave out zero", flat, lambda x: [x >= 1]),
     ("not of entries of the variable", lambda x: flat(x) + cp.norm1(x - 1), lambda x: []),
     ("not of entries of the variable", lambda x: flat(x) + cp.tv(x), lambda x: []),
     ("several entries together", flat, lambda x: [cp.sum(x) == 1]),
@@ -95,7 +102,8 @@ def test_bounds_are_constraints():
     ("overlap", lambda x: flat(x) + cp.norm(x[:3]) + cp.norm(x[2:]), lambda x: []),
     ("several penalties", lambda x: flat(x) + cp.norm(x[:3]), lambda x: [x >= 0]),
     ("Minimize over 2 variables", lambda x: flat(x) + cp.norm1(vector()), lambda x: []),
-    ("Variable of|index", lambda x: flat(x) + x[0], lambda x: []),
+    ("a linear term", lambda x: flat(x) + x[0], lambda x: []),
+    ("a linear term", lambda x: flat(x) + np.ones(6) @ x, lambda x: []),
 ])  # fmt: skip
 def test_another_form_is_refused_by_its_name(match, objective, constraints):
     x = vector()
