@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import random, seeds
 
 from convexprune import (
@@ -70,6 +71,21 @@ def test_an_intercept_is_a_column_of_ones_without_a_penalty(seed: int):
     about = Quadratic.least_squares(x, y, random(seed + 9, 2, 6), intercept=True)
     assert about.data is not None
     torch.testing.assert_close(about.data.intercept(centred.weight), centred.intercept)
+
+
+@settings(max_examples=10)
+@given(seeds, st.sampled_from((torch.float32, torch.float64)), st.floats(0, 1))
+def test_sparse_inputs_far_from_zero_have_the_moments_of_dense_ones(seed: int, dtype: torch.dtype, full: float):
+    x, y = regression(seed, tokens=200)
+    far = {torch.float32: 1e3, torch.float64: 1e6}[dtype] * random(seed + 4, 6)
+    x = ((x + far) * (random(seed + 5, 200, 6).argsort(0) < full * torch.arange(60, 420, 60))).to(dtype)
+    exact, y = x.double() - x.double().mean(0), y.to(dtype)
+    found = Quadratic.least_squares(scipy.sparse.csr_array(x.numpy()), y, intercept=True)
+    scale = exact.square().mean(0).sqrt()
+    wrong = (found.gram - exact.T @ exact / 200).abs() / torch.outer(scale, scale).clamp_min(1e-300)
+    assert float(wrong.max()) < 100 * torch.finfo(dtype).eps
+    cross = (y.double() - y.double().mean(0)).T @ exact / 200
+    assert float(((found.cross - cross).abs() / scale.clamp_min(1e-300)).max()) < 1000 * torch.finfo(dtype).eps
 
 
 def test_lists_integers_and_one_row_of_moments_are_taken():
