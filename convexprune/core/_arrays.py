@@ -1,6 +1,6 @@
 """The arrays that users bring, as tensors and second moments, and the form of what they get: arrays, text, HTML."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -69,6 +69,23 @@ class DataFormat:
         offset = targets.double() - weight.double() @ inputs.double()
         return float(offset) if self.flat else self._array(offset.to(weight))
 
+    def rows(self, chosen: slice | Tensor) -> "DataFormat":
+        """The form of the rows `chosen` alone."""
+        return self if self.means is None else replace(self, means=(self.means[0], self.means[1][chosen]))
+
+    def repeated(self, times: int) -> "DataFormat":
+        """The form of a sum of `times` weights."""
+        return self if self.means is None else replace(self, means=(self.means[0].repeat(times), self.means[1]))
+
+    def joined(self, other: "DataFormat | None") -> "DataFormat":
+        """The form of a sum: the first, or the only one with means; without means where two have different ones."""
+        if other is None or other.means is None:
+            return self
+        if self.means is None:
+            return other
+        same = all(torch.equal(*pair) for pair in zip(self.means, other.means, strict=True))
+        return self if same else replace(self, means=None)
+
     def _array(self, tensor: Tensor) -> Any:
         return tensor.cpu().numpy() if self.numpy else tensor
 
@@ -127,7 +144,7 @@ def _of_sparse(inputs: Any, y: Tensor, intercept: bool) -> tuple[Tensor, Tensor,
 
     x, tokens = csr_array(inputs, dtype=np.float64), len(y)
     mean = torch.from_numpy(x.mean(0)) * intercept
-    centre = mean * torch.from_numpy(np.bincount(x.indices, minlength=x.shape[1]) > tokens / 2)
+    centre = mean * torch.from_numpy(np.bincount(x.indices, minlength=len(mean)) > tokens / 2)
     x = x - csr_array(np.ones((tokens, 1))) @ csr_array(centre[None].numpy())
     rest = torch.from_numpy(x.mean(0)) * intercept  # what rounding left of the mean, too
     gram = torch.from_numpy((x.T @ x).toarray()) / tokens - torch.outer(rest, rest)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import product
-from convexprune.core._arrays import Array, require_type, second_moments
+from convexprune.core._arrays import Array, DataFormat, as_floats, require_type, second_moments
 from convexprune.core._sum_of_squares import Cache, SumOfSquares
 from convexprune.core._symmetric import power_of_two
 from convexprune.errors import ProblemError
@@ -36,7 +36,8 @@ class Quadratic(SumOfSquares):
         cache: results that are shared with quadratics that write the function about other anchors.
         checked: check cheaply that the tensors can be those of a sum of squares; a certificate checks it in full. False
             is for tensors that were computed from tokens or from a quadratic, because the check stops a GPU.
-        data: the kind of arrays that `convexprune.solve` answers in; None is that of `cross`.
+        data: the kind of arrays that `convexprune.solve` answers in; None is that of `cross`. A sum has the kind of its
+            first part, or of the only one with an intercept. If the means of two differ, there is no intercept.
     """
 
     @classmethod
@@ -57,11 +58,11 @@ class Quadratic(SumOfSquares):
         return cls(gram, cross, energy, about, data=data, checked=False)
 
     @classmethod
-    def damping(cls, anchor: Tensor, strength: Tensor) -> Self:
+    def damping(cls, anchor: Array, strength: Array) -> Self:
         """Return a pull towards the anchor, to be added to a quadratic: 1/2 sum_ij strength_j (V_ij - A_ij)^2.
 
         Args:
-            anchor: A [m n].
+            anchor: A [m n], or [n] of one row.
             strength: [n], not negative.
 
         Returns:
@@ -70,10 +71,11 @@ class Quadratic(SumOfSquares):
         Raises:
             ProblemError: a strength is negative.
         """
+        point, strength = as_floats("anchor", anchor), as_floats("strength", strength)
         if not bool((strength >= 0).all()):
             raise ProblemError(f"Damping must not be negative; the least entry is {float(strength.min()):.3g}.")
-        zero = torch.zeros_like(anchor)
-        return cls(torch.diag(strength), zero, zero[:, 0], anchor, checked=False)
+        zero = torch.zeros_like(point)
+        return cls(torch.diag(strength), zero, zero[..., 0], point, data=DataFormat.of(anchor), checked=False)
 
     def scaled(self, scale: Tensor) -> Self:
         """Return the quadratic as a function of U = V * `scale` [n], positive."""
@@ -147,14 +149,15 @@ class Quadratic(SumOfSquares):
         point = torch.zeros_like(self.cross) if anchor is None else anchor
         residual = self.residual(point) if residual is None else residual
         energy = 2 * self.values(point, residual)
-        return type(self)(self.gram, residual, energy, anchor, self.bound, self.cache, checked=False)
+        return type(self)(self.gram, residual, energy, anchor, self.bound, self.cache, checked=False, data=self.data)
 
     def rows(self, chosen: Tensor | slice) -> Self:
         """The quadratic of the rows `chosen` alone: numbers [k], a mask [m] or a slice."""
         anchor = None if self.anchor is None else self.anchor[chosen]
         given = self._cache
         cache = Cache(self.gram, given.precision, given.energy[chosen], suspect=given.suspect, factor=given.factor)
-        return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, cache, checked=False)
+        tensors = self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, cache
+        return type(self)(*tensors, checked=False, data=self.data and self.data.rows(chosen))
 
     @property
     def blocks(self) -> "Sequence[Quadratic]":
@@ -181,13 +184,16 @@ class Quadratic(SumOfSquares):
         if type(times) is not int or times < 1:
             raise ProblemError(f"times={times!r}. Accepted: a whole number above 0.")
         at = self.at(None)
-        return self._as_precise(at.gram.repeat(times, times), at.cross.repeat(1, times), at.energy, None)
+        tensors = at.gram.repeat(times, times), at.cross.repeat(1, times), at.energy, None
+        return self._as_precise(*tensors, self.data and self.data.repeated(times))
 
-    def _as_precise(self, gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Self:
+    def _as_precise(
+        self, gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None, data: DataFormat | None = None
+    ) -> Self:
         """Return a quadratic with the rounding errors of this quadratic's given tensors."""
         given = self._cache
         cache = Cache(gram, given.precision, given.energy, problems=given.problems, suspect=given.suspect)
-        return type(self)(gram, cross, energy, anchor, cache=cache, checked=False)
+        return type(self)(gram, cross, energy, anchor, cache=cache, checked=False, data=data)
 
     def __add__(self, other: Self) -> Self:
         require_type(other, SumOfSquares)
@@ -195,7 +201,7 @@ class Quadratic(SumOfSquares):
             raise ProblemError(f"Quadratics of weights {list(self.shape)} and {list(other.shape)} have no sum.")
         other = other.at(self.anchor)
         tensors = self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.anchor
-        total = type(self)(*tensors, checked=False)
+        total = type(self)(*tensors, checked=False, data=self.data and self.data.joined(other.data))
         total._cache.suspect = self._cache.suspect or other._cache.suspect
         return total
 
@@ -203,7 +209,7 @@ class Quadratic(SumOfSquares):
         if not factor >= 0:
             raise ProblemError(f"A quadratic times {factor} is not a sum of squares; the factor must be >= 0.")
         tensors = self.gram * factor, self.cross * factor, self.energy * factor, self.anchor
-        scaled = type(self)(*tensors, checked=False)
+        scaled = type(self)(*tensors, checked=False, data=self.data)
         scaled._cache.suspect = self._cache.suspect
         return scaled
 

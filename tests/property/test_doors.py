@@ -88,6 +88,26 @@ def test_sparse_inputs_far_from_zero_have_the_moments_of_dense_ones(seed: int, d
     assert float(((found.cross - cross).abs() / scale.clamp_min(1e-300)).max()) < 1000 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_what_is_made_of_a_quadratic_keeps_its_intercept_and_its_kind(flat: bool, kind):
+    x, y = (kind(tensor.numpy()) for tensor in regression(5))
+    y = y[:, 0] if flat else y
+    q, m = Quadratic.least_squares(x, y, random(6, 1 if flat else 2, 6), intercept=True), 1 if flat else 2
+    pull = Quadratic.damping(kind(np.zeros((m, 6))), kind(np.full(6, 0.1)))
+    for made in (q + pull, pull + q, 2.0 * q, 0.5 * q + q, q.at(None), q.rows(slice(m)), q.repeated(2)):
+        solution = solve(Problem(made, L1(0.1)), **TIGHT)
+        assert type(solution.weight) is type(y) and solution.weight.ndim == y.ndim
+        whole = solution.weight.reshape(m, -1, 6).sum(1)
+        expected = torch.as_tensor(y).reshape(30, m).mean(0) - torch.as_tensor(whole) @ torch.as_tensor(x).mean(0)
+        torch.testing.assert_close(torch.as_tensor(solution.intercept, dtype=torch.float64).reshape(m), expected)
+    if m == 2:
+        assert solve(Problem(q.rows(torch.tensor([1])), L1(0.1))).intercept.shape == (1,)
+    assert solve(Problem(q + Quadratic.least_squares(x[:9], y[:9], intercept=True), L1(0.1))).intercept is None
+    flatly = Quadratic.damping(kind(np.zeros(6)), kind(np.full(6, 0.1)))
+    assert solve(Problem(flatly, L1(0.1))).weight.shape == (6,)
+
+
 def test_lists_integers_and_one_row_of_moments_are_taken():
     x, y = [[1, 0], [0, 1], [1, 1]], [1.0, 2.0, 3.5]
     flat = solve(Problem(Quadratic.least_squares(x, y), L1(0.0)), **TIGHT)
