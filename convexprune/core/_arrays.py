@@ -22,7 +22,9 @@ def as_tensor(name: str, value: object) -> Tensor:
         if isinstance(value, Tensor | np.ma.MaskedArray):
             raise TypeError
         array = np.asarray(value)
-        return torch.as_tensor(array if array.flags.writeable else array.copy())  # pandas lends its own
+        taken = array.flags.writeable and array.dtype.isnative and min(array.strides, default=0) >= 0
+        # pandas lends its own, to be read alone
+        return torch.as_tensor(array if taken else array.astype(array.dtype.newbyteorder("="), "C"))
     except (TypeError, ValueError, RuntimeError) as cause:
         raise ProblemError(
             f"`{name}` is a {type(value).__name__}; needed is a tensor or an array of numbers: dense, in memory and "

@@ -20,6 +20,7 @@ from convexprune import (
     Problem,
     Quadratic,
     Status,
+    Support,
     certify,
     make_solver,
     path,
@@ -106,6 +107,21 @@ def test_what_is_made_of_a_quadratic_keeps_its_intercept_and_its_kind(flat: bool
     assert solve(Problem(q + Quadratic.least_squares(x[:9], y[:9], intercept=True), L1(0.1))).intercept is None
     flatly = Quadratic.damping(kind(np.zeros(6)), kind(np.full(6, 0.1)))
     assert solve(Problem(flatly, L1(0.1))).weight.shape == (6,)
+
+
+@pytest.mark.parametrize("laid_out", {
+    "backwards": lambda array: array[..., ::-1].copy()[..., ::-1],
+    "of the other byte order": lambda array: array.astype(array.dtype.newbyteorder(">")),
+    "read alone": lambda array: np.broadcast_to(array, array.shape),
+}.values())  # fmt: skip
+def test_arrays_may_lie_in_memory_as_numpy_allows(laid_out):
+    x, y = (tensor.numpy() for tensor in regression(7, outputs=1))
+    strength = np.arange(1.0, 7.0) / 20
+    expected = solve(Problem(Quadratic.least_squares(x, y), L1(strength)), **TIGHT).weight  # pyright: ignore[reportArgumentType]
+    found = solve(Problem(Quadratic.least_squares(laid_out(x), laid_out(y)), L1(laid_out(strength))), **TIGHT).weight
+    np.testing.assert_array_equal(found, expected)
+    mask = expected != 0
+    np.testing.assert_array_equal(Support(laid_out(mask)).mask, mask)  # pyright: ignore[reportArgumentType]
 
 
 def test_lists_integers_and_one_row_of_moments_are_taken():
