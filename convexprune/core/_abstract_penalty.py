@@ -4,12 +4,13 @@ from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from math import inf
+from numbers import Real
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from convexprune.core._arrays import Array, as_tensor
+from convexprune.core._arrays import Array, as_floats
 from convexprune.errors import ProblemError
 
 FINITE = torch.finfo(torch.float64).max
@@ -205,9 +206,8 @@ class Scaled(AbstractPenalty):
 
 
 def checked_strength(strength: float | Array, wrong: str, most: float = inf) -> float | Tensor:
-    """Return a strength, or a tensor of strengths, that is not negative and not above `most`."""
-    if not isinstance(strength, float | int):
-        strength = as_tensor("strength", strength)
+    """Return a strength, or a floating-point tensor of strengths, that is not negative and not above `most`."""
+    strength = float(strength) if isinstance(strength, Real) else as_floats("strength", strength)
     tensor = torch.as_tensor(strength, dtype=torch.float64)
     least, largest = tensor.aminmax() if tensor.numel() else (-1, 0)  # NaN if there is one
     if not (least >= 0 and largest <= most):

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from convexprune.core._abstract_penalty import FINITE, Elementwise, checked_strength, like, require_step
-from convexprune.core._arrays import as_tensor
+from convexprune.core._arrays import as_floats
 
 SLACK = 8  # rounding errors by which an entry may be beyond a bound: units change by them
 
@@ -39,7 +40,7 @@ class ElasticNet(Elementwise):
             object.__setattr__(self, name, checked_strength(getattr(self, name), wrong, FINITE))
         wrong = "The bounds of an elastic net are lower <= 0 <= upper, so that a weight of zero is allowed."
         object.__setattr__(self, "upper", checked_strength(self.upper, wrong))
-        least = self.lower if isinstance(self.lower, float | int) else as_tensor("lower", self.lower)
+        least = float(self.lower) if isinstance(self.lower, Real) else as_floats("lower", self.lower)
         checked_strength(-least, wrong)
         object.__setattr__(self, "lower", least)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -27,9 +28,9 @@ class NuclearNorm(AbstractPenalty):
 
     def __post_init__(self) -> None:
         wrong = f"The strength of a nuclear norm is {self.strength!r}; it is one number, not negative and finite."
-        if not isinstance(self.strength, float | int):
+        if not isinstance(self.strength, Real):
             raise ProblemError(wrong)
-        checked_strength(self.strength, wrong, FINITE)
+        object.__setattr__(self, "strength", checked_strength(self.strength, wrong, FINITE))
 
     def values(self, weight: Tensor) -> Tensor:
         left, sizes, _ = torch.linalg.svd(weight, full_matrices=False)

@@ -17,6 +17,7 @@ from convexprune import (
     Blocks,
     ElasticNet,
     GroupLasso,
+    NuclearNorm,
     Problem,
     Quadratic,
     Status,
@@ -122,6 +123,19 @@ def test_arrays_may_lie_in_memory_as_numpy_allows(laid_out):
     np.testing.assert_array_equal(found, expected)
     mask = expected != 0
     np.testing.assert_array_equal(Support(laid_out(mask)).mask, mask)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("made", [
+    lambda kind: L1(kind([1, 2, 3, 4, 5, 6])), lambda kind: ElasticNet(kind([1] * 6), kind([2]), lower=-kind([9])),
+    lambda kind: GroupLasso(kind([1, 2, 3, 4, 5, 6])), lambda kind: NuclearNorm(kind([3])[0]),
+    lambda kind: L1(kind([2])[0]),
+])  # fmt: skip
+def test_strengths_that_are_whole_numbers_are_as_fine_as_others(made):
+    whole, exact = made(np.array), made(lambda numbers: np.array(numbers, dtype=float))
+    problem = Problem(Quadratic.least_squares(*regression(8)), whole)
+    (found,) = path(problem, [0.1], tolerance=1e-12)
+    (expected,) = path(Problem(problem.quadratic, exact), [0.1], tolerance=1e-12)
+    assert torch.equal(found.weight, expected.weight)
 
 
 def test_lists_integers_and_one_row_of_moments_are_taken():
