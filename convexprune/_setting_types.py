@@ -5,6 +5,7 @@ from functools import lru_cache
 from inspect import signature
 from typing import Annotated, Any, TypeVar, get_type_hints
 
+import numpy as np
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from convexprune.errors import RecipeError, unknown
@@ -38,9 +39,10 @@ def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:
 
 
 def check_settings(made: object) -> None:
-    """Check the fields of a dataclass against their annotations; numbers have to be finite."""
+    """Check the fields of a dataclass against their annotations; numbers are finite, and NumPy's become Python's."""
     for name, accepted in _accepted(type(made)).items():
-        value = getattr(made, name)
+        if isinstance(value := getattr(made, name), np.generic):
+            object.__setattr__(made, name, value := value.item())
         try:
             accepted.validate_python(value)
         except ValidationError as error:

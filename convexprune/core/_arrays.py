@@ -15,10 +15,10 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def as_tensor(name: str, value: object) -> Tensor:
-    """Return a tensor as it is; an array, a data frame or nested lists of numbers as a tensor."""
+    """Return a tensor as it is, without gradients; an array, a data frame or nested lists of numbers as a tensor."""
     try:
         if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
-            return value
+            return value.detach() if value.requires_grad else value  # the same object tells a common Gram matrix
         if isinstance(value, Tensor | np.ma.MaskedArray):
             raise TypeError
         array = np.asarray(value)
@@ -100,8 +100,8 @@ def second_moments(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, DataFormat]:
     """Return gram, cross, energy and anchor of the mean squared error, and the form of the data."""
     sparse = inputs.tocsr().astype(np.result_type(inputs.dtype, np.float32)) if hasattr(inputs, "tocsr") else None
-    x = as_floats("inputs", inputs if sparse is None else sparse.data).detach()
-    y = as_floats("targets", targets).detach()
+    x = as_floats("inputs", inputs if sparse is None else sparse.data)
+    y = as_floats("targets", targets)
     data = DataFormat.of(targets)
     y = y[:, None] if y.ndim == 1 else y
     shape = x.shape if sparse is None else sparse.shape

@@ -64,9 +64,10 @@ class Certificate(Shown):
     @property
     def relative_gap(self) -> float:
         """gap / primal, or gap / resolution if the target is fitted to all digits of the data; zero without a gap."""
+        unit = max(self.primal, self.resolution)
         if self.gap == 0:
             return 0.0
-        return self.gap / max(self.primal, self.resolution) if self.primal > 0 and isfinite(self.primal) else inf
+        return self.gap / unit if unit > 0 and isfinite(self.primal) else inf
 
 
 def row_gaps(

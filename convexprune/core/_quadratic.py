@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,7 +182,7 @@ class Quadratic(SumOfSquares):
         Raises:
             ProblemError: `times` is no such number.
         """
-        if type(times) is not int or times < 1:
+        if not isinstance(times, int | np.integer) or times is True or times < 1:
             raise ProblemError(f"times={times!r}. Accepted: a whole number above 0.")
         at = self.at(None)
         tensors = at.gram.repeat(times, times), at.cross.repeat(1, times), at.energy, None

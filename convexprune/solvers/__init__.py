@@ -91,7 +91,7 @@ def solve(
 def solve_all(
     problems: Sequence[Problem],
     solver: str | AbstractSolver = "auto",
-    starts: Sequence[Array | None] | None = None,
+    starts: Sequence[Array | None] | Array | None = None,
     **settings: Any,
 ) -> list[Solution]:
     """Solve many problems in one call. Each has a certificate, and meets the tolerance for itself.
@@ -103,7 +103,7 @@ def solve_all(
     Args:
         problems: min q + p of each.
         solver: see `solve`.
-        starts: where to begin [m n] for each problem, or None.
+        starts: where to begin [m n] for each problem, a list or an array of them, or None.
         settings: of the solver, see `solve`.
 
     Returns:
@@ -113,7 +113,7 @@ def solve_all(
         ProblemError: a problem or a start has another type or number.
     """
     problems = list(problems) if isinstance(problems, Iterable) else [problems]
-    made, given = _made(solver, settings, *problems), starts or [None] * len(problems)
+    made, given = _made(solver, settings, *problems), [None] * len(problems) if starts is None else starts
     if len(given) != len(problems):
         raise ProblemError(f"{len(given)} starts for {len(problems)} problems; give one for each, or None.")
     groups, found = dict[Any, list[int]](), dict[int, Solution]()

@@ -267,11 +267,9 @@ def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> N
 
 
 def initial(problem: Problem, start: Tensor | None) -> Tensor:
-    """Return where a solver begins [m n]: the start, else the anchor, else zero."""
-    if start is not None:
-        return problem.admit(start).to(problem.quadratic.cross)
-    anchor = problem.quadratic.anchor
-    return problem.quadratic.cross.new_zeros(problem.shape) if anchor is None else anchor
+    """Return where a solver begins [m n], in memory of its own: the start, else the anchor, else zero."""
+    point, cross = problem.quadratic.anchor if start is None else problem.admit(start), problem.quadratic.cross
+    return torch.zeros_like(cross) if point is None else point.to(cross, copy=True)
 
 
 def square_root(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

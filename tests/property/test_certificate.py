@@ -15,7 +15,7 @@ from strategies import (
     sizes,
 )
 
-from convexprune.core._certificate import certify, row_gaps
+from convexprune.core._certificate import Certificate, certify, row_gaps
 from convexprune.core._penalty import L1, Support
 from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
@@ -290,3 +290,8 @@ def test_where_the_target_is_not_fitted_exactly_the_gap_is_relative_to_the_objec
     certificate = certify(single, q.anchor.float())
     assert 0 < certificate.resolution < 1e-5 * certificate.primal
     assert certificate.relative_gap == certificate.gap / certificate.primal
+
+
+def test_at_an_objective_of_zero_the_gap_is_relative_to_the_resolution():
+    assert Certificate(0.0, 0.25, 0.0, 0.5).relative_gap == 0.5
+    assert Certificate(0.0, 1e-20, 0.0).relative_gap == Certificate(inf, inf, 0.0, 1e-16).relative_gap == inf

@@ -31,6 +31,7 @@ from convexprune import (
     solvers,
 )
 from convexprune.core._certificate import Certificate
+from convexprune.core._moments import Moments
 from convexprune.errors import ConvexpruneError, DependencyError, ProblemError
 
 TIGHT = {"tolerance": 1e-9, "max_iterations": 20_000}
@@ -138,6 +139,40 @@ def test_strengths_that_are_whole_numbers_are_as_fine_as_others(made):
     assert torch.equal(found.weight, expected.weight)
 
 
+@pytest.mark.parametrize("name", ["admm", "fista", "working-set"])
+@pytest.mark.parametrize("scale", [True, False])
+def test_an_answer_shares_no_memory_with_its_start(name: str, scale: bool):
+    settings = {} if name == "working-set" else {"scale": scale}
+    start = solve(POSED, tolerance=1e-10).weight
+    before = np.array(start)
+    solve(POSED, name, start=start, **settings).weight[:] = 7
+    assert (start == before).all()
+
+
+def test_parameters_of_a_module_are_numbers_like_others():
+    x, y = regression(9)
+    layer = torch.nn.Linear(6, 2, bias=False, dtype=torch.float64)
+    q = Quadratic.least_squares(x, y, anchor=layer.weight)
+    assert solve(Problem(q, L1(0.1)), "cvxpy").status is Status.SOLVED
+    assert solve(Problem(q, L1(0.1)), start=layer.weight).status is Status.SOLVED
+    square = Quadratic(torch.nn.Parameter(q.gram), torch.nn.Parameter(q.cross), q.energy, layer.weight)
+    moments = Moments(6, torch.float64)
+    moments.add(x, x + 1)
+    for made in (q, square, moments.reconstruction(layer.weight), Quadratic.damping(layer.weight, x[0].abs())):
+        tensors = made.gram, made.cross, made.energy, made.anchor
+        assert not any(tensor is None or tensor.requires_grad for tensor in tensors)
+
+
+def test_starts_may_be_an_array_and_settings_numbers_of_numpy():
+    starts = np.zeros((2, 6))
+    for each in (starts, torch.as_tensor(starts), list(starts)):
+        assert all(found.status is Status.SOLVED for found in solve_all([POSED, POSED], starts=each))
+    assert solve(POSED, tolerance=np.float32(1e-3), max_iterations=np.int64(1000)).status is Status.SOLVED
+    made = make_solver("fista", max_iterations=np.int64(1000), scale=np.True_)
+    assert made == make_solver("fista", max_iterations=1000) and type(vars(made)["max_iterations"]) is int
+    assert POSED.quadratic.repeated(np.int64(2)).shape == (1, 12)  # pyright: ignore[reportArgumentType]
+
+
 def test_lists_integers_and_one_row_of_moments_are_taken():
     x, y = [[1, 0], [0, 1], [1, 1]], [1.0, 2.0, 3.5]
     flat = solve(Problem(Quadratic.least_squares(x, y), L1(0.0)), **TIGHT)
@@ -240,6 +275,7 @@ def changed(value: float):
     "no strengths": (lambda: L1(np.ones(0)), "negative or NaN"),  # pyright: ignore[reportArgumentType]
     "a bound of text": (lambda: ElasticNet(0.1, lower="a"), "`lower` is a str"),  # pyright: ignore[reportArgumentType]
     "one block": (lambda: Blocks(L1(0.1)), "pairs of a penalty"),  # pyright: ignore[reportArgumentType]
+    "a truth for times": (lambda: POSED.quadratic.repeated(True), "times=True"),
     "no times": (lambda: POSED.quadratic.repeated(-1), "times=-1"),
     "a number more": (lambda: POSED.quadratic + 1, "A int was given"),  # pyright: ignore[reportOperatorIssue]
     "another shape": (lambda: POSED.quadratic + POSED.quadratic.columns(torch.arange(3)), "have no sum"),
