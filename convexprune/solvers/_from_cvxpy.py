@@ -16,7 +16,7 @@ from convexprune.solvers._statements import Constraints, stated
 
 KNOWN = (
     "`from_cvxpy` knows the sum of a quadratic (sum_squares, square, quad_form) and of one penalty (norm1 or abs, norm "
-    "of groups, normNuc) of one variable, and bounds on its entries."
+    "of groups, normNuc) of one variable, and bounds of its entries that include zero."
 )
 SAME = 1e-12  # of the largest entry: the Gram matrices of responses
 

@@ -146,7 +146,7 @@ def test_an_answer_shares_no_memory_with_its_start(name: str, scale: bool):
     start = solve(POSED, tolerance=1e-10).weight
     before = np.array(start)
     solve(POSED, name, start=start, **settings).weight[:] = 7
-    assert (start == before).all()
+    np.testing.assert_array_equal(start, before)
 
 
 def test_parameters_of_a_module_are_numbers_like_others():
