@@ -17,7 +17,7 @@ from convexprune.core._symmetric import cholesky, largest_eigenvalue, rounding_m
 from convexprune.errors import ProblemError
 
 ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens have more than one a term
-UNKNOWN: Any = object()  # of what was not tried: None says that there is none
+UNKNOWN: Any = ...  # of what was not tried, and a copy or pickle of it is itself: None says that there is none
 
 
 @dataclass(eq=False)

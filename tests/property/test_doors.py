@@ -1,7 +1,10 @@
 """Any kind of arrays goes in, and the same kind comes out."""
 
+import copy
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from math import inf
 
 import numpy as np
@@ -203,6 +206,17 @@ def test_an_entry_of_infinite_strength_is_zero_and_the_rest_is_as_without_it(nam
     alone = Problem(Quadratic.least_squares(x[:, kept], y[:, :1]), L1(strengths[:1, kept]))
     best = solve(alone, "admm", **TIGHT).certificate.primal
     assert best * (1 - 1e-9) <= certify(alone, solution.weight[:1, kept]).primal <= best * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_a_copy_of_a_problem_is_solved_as_the_problem(copied: Callable[[Problem], Problem], tokens: int):
+    problem = Problem(Quadratic.least_squares(*regression(0, tokens)), GroupLasso(0.3))
+    untried = copied(problem)
+    solution = solve(problem)
+    for other in (untried, copied(problem)):
+        assert torch.equal(solve(other).weight, solution.weight)
+        assert certify(other, solution.weight, precise=False) == certify(problem, solution.weight, precise=False)
 
 
 def test_a_solution_and_a_certificate_print_what_a_person_asks_first():
