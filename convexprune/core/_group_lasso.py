@@ -2,6 +2,7 @@
 
 from dataclasses import InitVar, dataclass, replace
 from math import inf
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -180,6 +181,13 @@ class RowGroups(AbstractPenalty):
         labels = self.groups[0].to(scale.device)
         of_group = torch.ones_like(strength).scatter(0, labels, scale)  # the scale is one number in each group
         return replace(self, strength=strength / of_group, l1=self.l1 / scale)
+
+    def rows(self, chosen: slice | Tensor) -> Self:
+        """The rows may lack the last groups: there is a strength for each of the groups that are left."""
+        other = super().rows(chosen)
+        if not isinstance(other.strength, Tensor):
+            return other
+        return replace(other, strength=other.strength[:, : int(other.groups.max()) + 1])
 
     def check(self, shape: tuple[int, int]) -> None:
         if self.groups.shape[1] != shape[1] or len(self.groups) not in (1, shape[0]):

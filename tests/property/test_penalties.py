@@ -48,6 +48,9 @@ PENALTIES = {
     "groups": lambda s: RowGroups(THIRDS, random(s, 4).abs()),
     "sparse groups": lambda s: RowGroups(THIRDS, 0.5, 0.2),
     "groups of each row": lambda s: RowGroups(random(s, M, N).argsort(1) % 3, 0.5, random(s, N).clamp_min(0)),
+    "groups that rows lack": lambda s: RowGroups(
+        (random(s, M, N).argsort(1) % 3).clamp_max(2 - torch.arange(M)[:, None]), random(s, 3).abs()
+    ),
     "total variation": lambda s: TotalVariation(0.6),
     "fused": lambda s: TotalVariation(random(s, M, 1).abs(), 0.2),
     "nuclear": lambda s: NuclearNorm(1.1),
