@@ -2,6 +2,7 @@
 
 from dataclasses import InitVar, dataclass, replace
 from math import inf
+from numbers import Integral
 from typing import Self
 
 import torch
@@ -49,6 +50,11 @@ class GroupLasso(AbstractPenalty):
             object.__setattr__(self, "strength", checked_strength(self.strength, wrong, FINITE))
             if isinstance(self.strength, Tensor) and self.strength.ndim > 1:
                 raise ProblemError(wrong)
+            if not isinstance(self.block, Integral) or self.block < 1:
+                raise ProblemError(f"block={self.block!r}. Accepted: a whole number of columns, 1 or more.")
+            if isinstance(self.strength, Tensor) and self.strength.ndim and not self._is_even(self.strength):
+                accepted = f"one price for {self.block} columns in a row"
+                raise ProblemError(f"`strength` differs inside a block. Accepted: {accepted}.")
 
     def values(self, weight: Tensor) -> Tensor:
         return (weight * self._directions(weight) * like(self.strength, weight)).sum(1)
@@ -85,6 +91,10 @@ class GroupLasso(AbstractPenalty):
         super().check(shape)
         if shape[1] % self.block:
             raise ProblemError(f"A weight {list(shape)} has no blocks of {self.block} columns: give a block that fits.")
+
+    def _is_even(self, strength: Tensor) -> bool:
+        first = torch.arange(len(strength), device=strength.device) // self.block * self.block
+        return torch.equal(strength, strength[first])
 
     def _directions(self, weight: Tensor) -> Tensor:
         """Return V_:j / |V_:j| [m n]; zero where the column is zero."""

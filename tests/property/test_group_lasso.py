@@ -158,6 +158,19 @@ def test_what_is_no_strength_of_columns_is_refused(strength):
         GroupLasso(strength)
 
 
+@pytest.mark.parametrize("block", [0, -2, 2.0, "2", None])
+def test_what_is_no_number_of_columns_is_refused(block):
+    with pytest.raises(ProblemError, match=r"block=.*Accepted: a whole number of columns"):
+        GroupLasso(0.1, block=block)
+
+
+def test_a_block_has_one_strength():
+    with pytest.raises(ProblemError, match="Accepted: one price for 2 columns in a row"):
+        GroupLasso([0.01, 0.5, 0.02, 0.02], block=2)
+    for strength in (0.1, [0.1], [0.1, 0.1, 0.5, 0.5], torch.tensor(0.1)):
+        GroupLasso(strength, block=2)
+
+
 @pytest.mark.parametrize("tokens", [4, 16])
 def test_on_few_tokens_an_answer_that_keeps_fewer_columns_is_proven(tokens: int):
     """The dual point is priced on what is kept: the gap falls with the square of the distance."""
