@@ -114,6 +114,10 @@ def test_what_it_cannot_do_is_refused():
             OSSCAR().require(pattern)
         with pytest.raises(PatternError, match="or another method"):
             WandaSP().require(pattern)
+    for pruner in (OSSCAR(), WandaSP()):
+        for pattern in (SemiStructured(1, 2), SemiStructured(2, 4), Unstructured(0.5)):
+            with pytest.raises(PatternError, match="removes whole columns"):
+                pruner.prune(layer_problem(correlated(0, n=6), pattern))
     with pytest.raises(PruningError, match="raise the damping"):
         OSSCAR(damping=0.0).prune(layer_problem(correlated(0, tokens=6), Columns(0.5)))
 

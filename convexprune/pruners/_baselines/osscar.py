@@ -44,6 +44,7 @@ class OSSCAR(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
+        self.require(problem.pattern)
         gram = ridged(problem.quadratic.gram.double(), self.damping)
         target = (problem.weight.double() @ gram).add_(problem.quadratic.cross)
         weights, masks = list[Tensor](), list[Tensor]()

@@ -57,6 +57,7 @@ class WandaSP(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
+        self.require(problem.pattern)
         scores = problem.weight.abs() * problem.scale
         parts = [_added_up(scores[rows], own.block) for rows, own in problem.pattern.parts(len(scores))]
         mask = problem.pattern.mask(torch.cat(parts))
