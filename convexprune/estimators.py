@@ -10,7 +10,8 @@ All take `fit_intercept`, `tol`, the relative duality gap to reach, and `solver`
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, isfinite
+from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -105,8 +106,10 @@ class ElasticNet(Lasso):
     l1_ratio: float = 0.5
 
     def _penalty(self, alpha: Any) -> AbstractPenalty:
-        if not 0 <= self.l1_ratio <= 1:
-            raise ProblemError(f"l1_ratio={self.l1_ratio!r}. Accepted: a number in [0, 1].")
+        if not (isinstance(self.l1_ratio, Real) and 0 <= self.l1_ratio <= 1):
+            raise ProblemError(
+                f"l1_ratio={self.l1_ratio!r}. Accepted: a number in [0, 1]. GridSearchCV chooses among several."
+            )
         alpha = np.asarray(alpha)
         lower = 0.0 if self.positive else -inf
         return core.ElasticNet(alpha * self.l1_ratio, alpha * (1 - self.l1_ratio), lower)  # pyright: ignore[reportArgumentType]
@@ -178,6 +181,8 @@ class _CV(_Linear):
             return np.asarray(self.alphas, dtype=float)
         norm = replace(penalty, ridge=0.0) if isinstance(penalty, core.ElasticNet) else penalty
         largest = float((1 / norm.to(quadratic.cross.dtype).dual_scale(quadratic.cross)).max())
+        if not isfinite(largest):
+            raise ProblemError("No alpha makes all weights zero, as some have no price but a ridge. List the `alphas`.")
         return np.geomspace(largest or 1.0, self.eps * (largest or 1.0), self.alphas)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 

@@ -71,11 +71,25 @@ def test_a_fit_that_does_not_end_warns():
         estimators.Lasso(alpha=1e-3, tol=1e-18).fit(x, y)
 
 
-@pytest.mark.parametrize("wrong", [{"alphas": 0}, {"alphas": []}, {"alphas": "auto"}, {"eps": 2}, {"l1_ratio": 2}])
+@pytest.mark.parametrize("wrong", [
+    {"alphas": 0}, {"alphas": []}, {"alphas": "auto"}, {"eps": 2}, {"l1_ratio": 2}, {"l1_ratio": "a"},
+    {"l1_ratio": [0.1, 0.5]},
+])  # fmt: skip
 def test_alphas_that_cannot_be_made_are_refused_with_what_came(wrong: dict):
     x = np.random.default_rng(0).normal(size=(9, 4))
     with pytest.raises(ProblemError, match=r"=.*Accepted: a number"):
         estimators.ElasticNetCV(**wrong).fit(x, x[:, 0])
+
+
+@pytest.mark.parametrize("name, free", [
+    ("ElasticNetCV", {"l1_ratio": 0.0}), ("LassoCV", {"alpha": np.r_[0, np.ones(7)]}), ("GroupLassoCV", {"alpha": 0.0}),
+    ("MultiTaskLassoCV", {"alpha": np.r_[0, np.ones(7)]}),
+])  # fmt: skip
+def test_where_no_alpha_makes_all_weights_zero_alphas_have_to_be_given(name: str, free: dict):
+    x, y = data(2)
+    with pytest.raises(ProblemError, match="No alpha makes all weights zero"):
+        getattr(estimators, name)(**free).fit(x, y)
+    assert getattr(estimators, name)(**free, alphas=[0.1], cv=2, tol=1.0).fit(x, y).alpha_ == 0.1
 
 
 @pytest.mark.parametrize("groups", [[0, 1], [0, 0, 1, -1], [0.5, 1, 1, 2]])
