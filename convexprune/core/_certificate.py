@@ -17,7 +17,8 @@ from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.core._sum_of_squares import UNKNOWN
-from convexprune.core._symmetric import power_of_two
+from convexprune.core._symmetric import power_of_two, rounding_margin
+from convexprune.core._total_variation import TotalVariation
 
 EVEN = (L1, Support, GroupLasso, ReverseHuber)
 """Penalties whose conjugate does not fall as the entries of the dual point grow."""
@@ -99,7 +100,8 @@ def row_gaps(
 
     On a support the second and the third are one. All terms are non-negative sums, so nothing cancels near the optimum.
     What the energy's own rounding hides is added. Where H is not definite, or next to it, the scaling alone is left, or
-    all are loose: `gaps_on_kept` has a choice for there, which takes a factor for each row.
+    all are loose: `gaps_on_kept` has a choice for there, which takes a factor for each row. Of total variation, whose
+    dual points add up to zero, `_gaps_level` has one.
 
     In doubt about H, the bounds hold for every sum of squares whose H is off by at most d in the spectral norm. Its K
     is off by at most d |V - A|, its q by d |V - A|^2 / 2. The scaling and the choice on kept entries
@@ -126,9 +128,25 @@ def row_gaps(
         rest = slack - penalty.values(ahead) - torch.linalg.vecdot(dual, weight - ahead)
         rest = rest.mean().expand_as(rest) if penalty.couples_rows else rest
         gaps = least(gaps, quadratic.inverse_form(residual - dual) + rest.clamp_min(0))
+    if isinstance(penalty, TotalVariation) and not quadratic.is_well_conditioned:
+        gaps = torch.minimum(gaps, _gaps_level(quadratic, penalty, weight, residual, values, slack))
     if dear and not quadratic.is_well_conditioned:
         gaps = least(gaps, gaps_on_kept(quadratic, penalty, weight, residual, values, slack))
     return gaps + quadratic.rounding
+
+
+def _gaps_level(
+    quadratic: Quadratic, penalty: TotalVariation, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor
+) -> Tensor:
+    """Price s (K - y H) as `gaps_on_kept` does, of the y that is alike in all columns and brings the sum to zero."""
+    along = quadratic.gram.sum(0)
+    total = along.sum()
+    step = torch.where(total > 0, residual.sum(1) / total, 0.0)
+    point = residual - step[:, None] * along
+    s = penalty.dual_scale(point).clamp_max(1)
+    price = step.square() * (total + len(along) * rounding_margin(quadratic.gram)) / 2
+    cost = (1 - s) * (values + quadratic.rounding).sqrt() + s * price.sqrt()
+    return (slack - s * torch.linalg.vecdot(point, weight)).clamp_min(0) + cost.square()
 
 
 def _gaps_in_doubt(

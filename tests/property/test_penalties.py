@@ -5,6 +5,7 @@ from math import inf
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import make_layer, random, seeds
 from torch import Tensor
 
@@ -101,6 +102,26 @@ def test_no_certificate_is_below_the_true_gap(name: str, seed: int):
         near = problem.penalty.prox(best.weight + radius * random(seed + 1, M, N), 1e-9)
         certificate = certify(problem, near)
         assert certificate.gap >= (certificate.primal - best.certificate.primal) * (1 - 1e-6) - 1e-9
+
+
+@settings(max_examples=20)
+@given(seeds, st.sampled_from((0.01, 0.3)))
+def test_on_few_tokens_total_variation_is_proven_in_float64(seed: int, strength: float):
+    problem = Problem(Quadratic.least_squares(random(seed, 3, 6), random(seed + 1, 3, 2)), TotalVariation(strength))
+    solution, oracle = make_solver("fista", max_iterations=20_000).solve(problem), make_solver("cvxpy").solve(problem)
+    assert solution.status is Status.SOLVED and oracle.certificate.relative_gap < 1e-6
+    for radius in (1e-6, 1e-2, 1.0):
+        certificate = certify(problem, oracle.weight + radius * random(seed + 2, 2, 6))
+        assert certificate.dual <= oracle.certificate.primal * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("penalty", [TotalVariation(0.1), RowGroups(torch.arange(6) // 2, 0.1), ElasticNet(0.1)])
+def test_on_few_tokens_in_float32_nothing_is_proven_of_penalties_in_doubt(penalty: AbstractPenalty):
+    quadratic = Quadratic.least_squares(random(0, 3, 6), random(1, 3, 2))
+    solution = make_solver("fista", max_iterations=20_000).solve(Problem(quadratic, penalty))
+    assert solution.status is Status.SOLVED
+    single = Quadratic(quadratic.gram.float(), quadratic.cross.float(), quadratic.energy.float())
+    assert 0.9 < certify(Problem(single, penalty.to(torch.float32)), solution.weight.float()).relative_gap < 1.1
 
 
 @pytest.mark.parametrize("name", CONCAVE)
