@@ -25,6 +25,7 @@ import test_massive_tokens
 import test_moments
 import test_osscar
 import test_pattern
+import test_penalties
 import test_penalty
 import test_permutation
 import test_permute
@@ -154,6 +155,8 @@ FAULTS = (
           test_gap.test_nor_where_the_step_is_off_by_as_much_as_it_says),
     Fault("a dual point at no price", on_kept.gaps_on_kept, "+ s * (price.sqrt()", "+ 0 * (price",
           test_gap.test_a_bound_on_what_is_kept_is_never_too_small),
+    Fault("a constant that is moved at no price", certificate._gaps_level, "+ s * price.sqrt()", "+ 0 * price",
+          test_penalties.test_on_few_tokens_total_variation_is_proven_in_float64),
     Fault("no doubt about a Gram matrix that rounding made indefinite", SumOfSquares.doubt.fget,  # pyright: ignore[reportArgumentType]
           "self._cache.doubt = shift", "self._cache.doubt = 0.0",
           test_doubt.test_a_gap_on_a_support_covers_the_data_and_the_stored_tensors),
