@@ -40,7 +40,7 @@ def is_conversation(row: Any) -> bool:
     return all(isinstance(each, Mapping) and all(isinstance(each.get(field), str) for field in FIELDS) for each in row)
 
 
-def _rendered(conversation: Any, tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+def _rendered(conversation: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, **options))
     except Exception as cause:  # a template raises what it likes

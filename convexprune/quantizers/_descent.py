@@ -142,7 +142,9 @@ def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Scales:
         seen = ([(image.view_as(codes) * unit).sum(2) for unit in units] for image in images)
         square = torch.stack([torch.cat(each, dim=1) for each in seen], dim=1)
         square.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE).add_(torch.finfo(square.dtype).tiny)
-        best = grid.rounded(begin.with_flat(begin.flat + torch.linalg.solve(square, slope)))
+        factor, failed = torch.linalg.cholesky_ex(square)  # LU of many fails with threads (pytorch/pytorch#142815)
+        change = torch.cholesky_solve(slope[:, :, None], factor)[:, :, 0]
+        best = grid.rounded(begin.with_flat(begin.flat + torch.where(failed[:, None] > 0, 0.0, change)))
         parts.append(grid.settled(best, square, slope - _times(square, best.flat - begin.flat)))
     return Scales.cat(parts)
 

@@ -166,8 +166,8 @@ def test_what_is_no_number_of_columns_is_refused(block):
 
 def test_a_block_has_one_strength():
     with pytest.raises(ProblemError, match="Accepted: one price for 2 columns in a row"):
-        GroupLasso([0.01, 0.5, 0.02, 0.02], block=2)
-    for strength in (0.1, [0.1], [0.1, 0.1, 0.5, 0.5], torch.tensor(0.1)):
+        GroupLasso(torch.tensor([0.01, 0.5, 0.02, 0.02]), block=2)
+    for strength in (0.1, torch.tensor([0.1]), torch.tensor([0.1, 0.1, 0.5, 0.5]), torch.tensor(0.1)):
         GroupLasso(strength, block=2)
 
 

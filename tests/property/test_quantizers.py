@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pruning_cases import correlated, layer_problem
-from strategies import Layer, seeds
+from strategies import Layer, random, seeds
 from torch import Tensor
 
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
@@ -147,6 +147,20 @@ def test_the_scales_are_those_of_least_squares_for_each_row(seed: int):
         columns = torch.block_diag(*found.codes[row].view(-1, 1, 32))
         best = torch.linalg.lstsq((columns @ root).T, target[row] @ root).solution
         torch.testing.assert_close(scales[row], best, rtol=2**-7, atol=0)
+
+
+def test_scales_of_rows_with_many_groups_are_fitted_by_several_threads():
+    """torch's LU of many matrices of 151 rows and more fails with threads (pytorch/pytorch#142815)."""
+    x, weight, residual = random(0, 64, 2560).float(), random(1, 4, 2560).float(), 0.01 * random(2, 4, 2560).float()
+    gram, grid = x.T @ x / 64 + torch.eye(2560), Q4_K()
+    found = OnGrid.nearest(grid, weight, grid.fit(weight))
+    alone, threads = fitted_scales(gram, found, residual).step, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = fitted_scales(gram, found, residual).step
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(together, alone, rtol=2**-5, atol=0)
 
 
 def slow_gptq(weight: Tensor, gram: Tensor, scales: Tensor, grid: Grid) -> Tensor:
