@@ -44,4 +44,4 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def read_recipe(place: Path) -> Recipe:
     """Return the recipe of a file or of a run's folder."""
-    return make_recipe(**read_settings(place if place.is_file() else place / RECIPE))
+    return make_recipe(**read_settings(place / RECIPE if place.is_dir() else place))

@@ -130,7 +130,10 @@ def _require_same_model(dense: HuggingFaceModel, source: str | Path, report: Rep
     """Check that the model is the pruned model's origin: by files if streamed, else by tensors."""
     then = report.identity.get("weights")
     if not isinstance(then, dict):
-        raise OutputError("The report of the run does not say which model it pruned.")
+        raise OutputError(
+            "The report of the run does not say which model it pruned, as none of a run in memory does. Prune into a "
+            "folder (output_dir, --output) to verify."
+        )
     if report.environment.get("loading") == "layer by layer":
         folder = local_folder(str(source), "main") if str(source) != adapters.BUNDLED else adapters.EMBEDDED
         now = {name: checksum_inside(folder, name) for name in then}

@@ -95,8 +95,8 @@ def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowin
     instead = "no other number" if nearest is None else f"{number}, with sparsity={1 - number / values.groups:g}"
     raise ModelError(
         f"{model.name}: its configuration cannot say that {left} of the {values.groups} KV groups of heads are left, "
-        f"each as wide as before. It can say: {instead}. Pattern 'channels' makes the MLP narrower, and "
-        f"'columns:{values.width}' with targets={values.operator!r} zeroes heads in place."
+        f"each as wide as before. It can say {instead}. Pattern 'channels' makes the MLP narrower, and "
+        f"'columns:{values.width}' with targets=[{values.operator!r}] (--targets) zeroes heads in place."
     )
 
 

@@ -31,7 +31,7 @@ from convexprune._storage.batches import room_on
 from convexprune._storage.files import checksums, sha256, write_json
 from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel, Inspection
-from convexprune.recipe import PRESETS
+from convexprune.recipe import PRESETS, Recipe
 from convexprune.report import OperatorReport, Report
 from convexprune.validation._advice import measured_near
 from convexprune.validation._perplexity import streamed_evaluation
@@ -64,11 +64,13 @@ class InMemory(Request):
         self._evaluate(report, "pruned", loaded, windows)
         self._warn(report, report.sparser_before)
         self._end(report)
-        pruned = loaded.model
+        pruned, removed = loaded.model, dict[str, Any]()
         if (narrowed := self._narrowed(pruned.get_parameter)) is not None:
             pruned, report.narrowed = narrowed.model(loaded), narrowed.sizes(loaded)
+            removed[_record_of_removal(self.recipe)] = narrowed.note()
         mark_sparse(pruned, report)
-        return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: pruned)
+        made = {"tokenizer": loaded.tokenizer, "output_dir": None, "_model": lambda: pruned, "_removed": removed}
+        return PruneResult(report=report, **made)
 
 
 logger = logging.getLogger(__name__)
@@ -215,7 +217,7 @@ class InFolder(Request):
         store.write_blocks(place / BLOCKS, [layer.name for layer in loaded.layers])
         write_recipe(self.recipe, place)
         if narrowed is not None:
-            write_json(place / REMOVED[self.recipe.build_pattern().removes or ""], narrowed.note())
+            write_json(place / _record_of_removal(self.recipe), narrowed.note())
         adapters.require_written(loaded, place, store, narrowed)
         report.files = checksums(place)
         report.bytes = sum((place / name).stat().st_size for name in report.files)
@@ -243,3 +245,7 @@ class InFolder(Request):
         return adapters.load_packed(
             self.folder.folder, device=self.device, trust_remote_code=self.call.trust_remote_code
         )
+
+
+def _record_of_removal(recipe: Recipe) -> str:
+    return REMOVED[recipe.build_pattern().removes or ""]

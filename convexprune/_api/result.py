@@ -1,8 +1,8 @@
 """The results of `prune` and `permute`, and their upload: a failure loses nothing."""
 
 import glob
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from convexprune._rendering.facts import facts, name_of_model
 from convexprune._rendering.page import write_page
 from convexprune._runs.folder import PAGE, REPORT
 from convexprune._storage.failures import working
-from convexprune._storage.files import write_text
+from convexprune._storage.files import write_json, write_text
 from convexprune._storage.staging import Staging
 from convexprune.adapters import Permutation
 from convexprune.core._arrays import Shown
@@ -65,16 +65,16 @@ def upload(
     return str(made)
 
 
-def write_result(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, report: Report, folder: Path
-) -> None:
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    write_recipe(make_recipe(**report.recipe), folder)
-    write_card(report, folder)
-    write_page(report, folder / PAGE)
-    write_text(folder / REPORT, report.to_json())
+def write_result(result: "PruneResult", folder: Path) -> None:
+    result.model.save_pretrained(folder)
+    if result.tokenizer is not None:
+        result.tokenizer.save_pretrained(folder)
+    for name, note in result._removed.items():
+        write_json(folder / name, note)
+    write_recipe(make_recipe(**result.report.recipe), folder)
+    write_card(result.report, folder)
+    write_page(result.report, folder / PAGE)
+    write_text(folder / REPORT, result.report.to_json())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -103,6 +103,7 @@ class PruneResult(Shown, _Result):
 
     report: Report
     tokenizer: PreTrainedTokenizerBase | None
+    _removed: Mapping[str, Any] = field(default_factory=dict)  # what was removed, by the name of its file
 
     def __repr__(self) -> str:
         return self._shown(self.report)
@@ -127,7 +128,7 @@ class PruneResult(Shown, _Result):
             raise OutputError(f"The result lies in {self.output_dir} already: copy that folder.")
         staging = Staging.of_new(folder)
         with working(staging.output), staging.whole() as place:
-            write_result(self.model, self.tokenizer, self.report, place)
+            write_result(self, place)
         return staging.output
 
     def push_to_hub(
@@ -158,7 +159,7 @@ class PruneResult(Shown, _Result):
             return upload(self.output_dir, self.report, repo_id, kept=kept, **options)
         check_hub(repo_id, token)
         with TemporaryDirectory() as folder:
-            write_result(self.model, self.tokenizer, self.report, Path(folder))
+            write_result(self, Path(folder))
             return upload(Path(folder), self.report, repo_id, kept="the result is in memory, as it was.", **options)
 
 

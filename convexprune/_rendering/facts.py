@@ -234,7 +234,7 @@ def next_steps(report: Report, folder: str) -> list[Fact]:
     steps = {
         "Measure it on your own text": f"convexprune eval {place} --text TEXT{window}",
         "Measure what it can do (lm-eval)": f"lm_eval --model hf --model_args {pretrained} --tasks hellaswag",
-        "Check the answers against other solvers": f"convexprune verify {place}",
+        **({"Check the answers against other solvers": f"convexprune verify {place}"} if report.identity else {}),
         "See what runs faster on your machine": f"convexprune bench {place}",
         "Make the download smaller": f"convexprune pack {place} PACK",
     }

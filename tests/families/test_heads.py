@@ -38,13 +38,13 @@ WIDTHS = {  # heads and KV heads before and after; of most families 4 and 2, of 
         for name in ("gemma3", "llava")
     },
 }
-NOT_SAID = "cannot say that {} KV groups of heads are left, each as wide as before. It can say: no other number. "
+NOT_SAID = "cannot say that {} KV groups of heads are left, each as wide as before. It can say no other number. "
 REFUSED = {
     "bloom": NOT_SAID.format("2 of the 4"),
     "falcon": "All query heads share one KV head",
     "falcon, new": NOT_SAID.format("1 of the 2"),
     "gpt2": NOT_SAID.format("2 of the 4") + "Pattern 'channels' makes the MLP narrower, and 'columns:8' with "
-    "targets='attn.c_proj' zeroes heads in place.",
+    "targets=['attn.c_proj'] (--targets) zeroes heads in place.",
     "gpt_neox": NOT_SAID.format("2 of the 4"), "gpt_neox, sequential": NOT_SAID.format("2 of the 4"),
     "olmo2": "q_proj: some of its 32 rows change no KV group of heads, or several, as where a norm is over all of them",
     "opt": NOT_SAID.format("2 of the 4"), "opt, 350M": NOT_SAID.format("2 of the 4"),
@@ -122,7 +122,7 @@ def test_a_number_that_cannot_be_had_is_refused_with_one_that_can():
     try:
         LlamaConfig(hidden_size=32, num_attention_heads=3, num_key_value_heads=3, head_dim=4)
     except StrictDataclassError:  # it wants a number of heads that divides the hidden size, or fewer
-        with pytest.raises(ModelError, match=r"that 3 of the 8 KV groups .* It can say: 4, with sparsity=0\.5"):
+        with pytest.raises(ModelError, match=r"that 3 of the 8 KV groups .* It can say 4, with sparsity=0\.5"):
             find_heads(model, Heads(0.625))
     else:  # an older release
         assert find_heads(model, Heads(0.625)).widths["num_attention_heads"] == (8, 3)

@@ -28,6 +28,18 @@ def test_a_result_in_memory_shows_its_facts_and_is_saved_as_a_run_is(build, toke
         written.save(tmp_path / "elsewhere")
 
 
+def test_a_saved_result_has_the_record_of_what_was_removed_and_no_command_that_fails(build, tmp_path: Path):
+    settings = SETTINGS | {"pattern": "channels:8", "sparsity": 0.5}
+    build("llama").save_pretrained(tmp_path / "dense")
+    saved = convexprune.prune(tmp_path / "dense", **settings).save(tmp_path / "DIR")
+    run = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "run", **settings).output_dir
+    assert run is not None and (saved / "channels.json").read_text() == (run / "channels.json").read_text()
+    assert "convexprune verify" in (run / "report.html").read_text()
+    assert "convexprune verify" not in (saved / "report.html").read_text()
+    with pytest.raises(OutputError, match=r"Prune into a folder \(output_dir, --output\) to verify"):
+        convexprune.verify(saved, dataset=SETTINGS["dataset"], model=str(saved))
+
+
 def test_recipe_and_report_have_schemas():
     recipe, report = convexprune.Recipe.model_json_schema(), convexprune.Report.json_schema()
     assert recipe["properties"]["sparsity"] and report["properties"]["operators"]["items"]

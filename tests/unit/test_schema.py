@@ -211,6 +211,8 @@ def test_a_result_is_not_written_into_the_folder_of_the_model_that_a_recipe_name
 
 
 def test_what_is_no_recipe_or_no_path_is_refused():
+    with pytest.raises(errors.OutputError, match=r"^gone\.yaml: there is no such file"):
+        convexprune.prune(recipe="gone.yaml")
     for wrong in (5, {"model": "a"}):
         with pytest.raises(errors.RecipeError, match="Accepted: a Recipe, its file, or the folder of a run"):
             convexprune.prune(recipe=wrong)  # pyright: ignore[reportArgumentType]
