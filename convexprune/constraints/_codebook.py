@@ -165,7 +165,9 @@ class Codebook(ABC):
         """Return how many entries of a stored `weight` [m n] are in groups that are on the grid with no scale."""
         groups = weight.float().unflatten(1, (-1, self.width(weight.shape[1])))
         largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-        slack = ROUNDING * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps) * groups.abs()
+        dtype = torch.finfo(weight.dtype)
+        sizes = groups.abs().clamp_min(dtype.smallest_normal)  # below it, rounding is absolute
+        slack = ROUNDING * max(dtype.eps, torch.finfo(torch.float32).eps) * sizes
         on = largest == 0
         for value in filter(None, self.values):
             scale = divisible(largest / value)

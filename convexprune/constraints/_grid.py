@@ -83,12 +83,10 @@ class Grid(WholeNumbers, Grouped):
         """Find float32 scales and int8 codes of a stored `weight` [... n], and its groups [... n/group] on the grid."""
         groups = weight.reshape(-1, self.width(weight.shape[-1]))
         largest = groups.float().abs().amax(1)
-        scales, left = torch.zeros_like(largest), largest.nonzero().squeeze(1)
-        for candidates in self._candidates(largest).tensor_split(PARTS):  # of several scales the largest is taken
-            scales[left] = self._first(groups[left], candidates[:, left])
-            left = left[scales[left] == 0]
-            if not len(left):
-                break
+        scales = self._largest(groups, largest, 1)
+        tiny = (largest > 0) & (largest < torch.finfo(weight.dtype).smallest_normal)  # rounded to a fixed distance
+        left = (tiny & (scales == 0)).nonzero().squeeze(1)
+        scales[left] = self._largest(groups[left], largest[left], 1 + 2 ** (8 - self.bits))
         on = scales > 0
         scales = torch.where(on, scales, 1.0)
         codes = torch.where(on[:, None], (groups.float() / scales[:, None]).round_(), 0.0)
@@ -96,6 +94,16 @@ class Grid(WholeNumbers, Grouped):
         codes = (codes * flip[:, None]).to(torch.int8)
         shape = *weight.shape[:-1], weight.shape[-1] // groups.shape[1]
         return (scales * flip).view(shape), codes.view_as(weight), (on | (largest == 0)).view(shape)
+
+    def _largest(self, groups: Tensor, largest: Tensor, reach: int) -> Tensor:
+        """Return the largest scale with which a group [groups n] is on the grid, or 0 [groups]."""
+        scales, left = torch.zeros_like(largest), largest.nonzero().squeeze(1)
+        for candidates in self._candidates(largest, reach).tensor_split(PARTS):
+            scales[left] = self._first(groups[left], candidates[:, left])
+            left = left[scales[left] == 0]
+            if not len(left):
+                break
+        return scales
 
     def _first(self, groups: Tensor, candidates: Tensor) -> Tensor:
         """Return the first candidate [number groups] with which a group [groups n] is on the grid, or 0 [groups]."""
@@ -110,11 +118,15 @@ class Grid(WholeNumbers, Grouped):
             may[:, left] = False
         return scales
 
-    def _candidates(self, largest: Tensor) -> Tensor:
-        """Return scales [number groups] with which the largest weight of a group has a code, smallest code first."""
+    def _candidates(self, largest: Tensor, reach: int) -> Tensor:
+        """Return scales [number groups] with which the largest weight of a group has a code, smallest code first.
+
+        A scale is within `reach` numbers of the quotient, as the largest weight was rounded.
+        """
         codes = torch.arange(1, 1 + 2 ** (self.bits - 1), device=largest.device)[:, None]
         near = (largest / codes).bfloat16().view(torch.int16)
-        all_near = torch.stack([near, near + 1, near - 1], dim=1).flatten(0, 1)
+        ways = (0, *(sign * way for way in range(1, 1 + reach) for sign in (1, -1)))
+        all_near = torch.stack([near + way for way in ways], dim=1).flatten(0, 1)
         return all_near.view(torch.bfloat16).float().clamp_min_(torch.finfo(torch.bfloat16).tiny)
 
     def _has(self, codes: Tensor) -> Tensor:

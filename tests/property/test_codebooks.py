@@ -44,9 +44,12 @@ def test_codes_are_the_nearest_for_their_scales(grid: Codebook, seed: int):
     torch.testing.assert_close((found - weight).abs(), least, rtol=1e-5, atol=1e-6)
 
 
-@given(grids, st.sampled_from((torch.float32, torch.float16, torch.bfloat16)), seeds)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@given(grid=grids, seed=seeds)
 def test_a_stored_weight_is_known_to_be_on_its_grid(grid: Codebook, dtype: torch.dtype, seed: int):
-    stored = grid.project(random(seed, 4, 256)).to(dtype)
+    """So are rows so small that float16 rounds them to multiples of 2^-24."""
+    sizes = torch.logspace(-8, 0, 17, dtype=torch.float64)
+    stored = grid.project(random(seed, 17, 256) * sizes[:, None]).to(dtype)
     assert grid.violation(stored) == 0
     assert parse_pattern(str(Quantized(DENSE, grid))) == Quantized(DENSE, grid)
 
