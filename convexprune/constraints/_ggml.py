@@ -43,7 +43,8 @@ class Block(Codebook):
 
     def round_step(self, step: Tensor) -> Tensor:
         half = step.clamp(-65504, 65504).half().to(step.dtype)
-        return torch.where(half == 0, SMALLEST, half)
+        seen = self.has_zero | ((step * self.values[0]).abs() > 4 * SMALLEST)  # without a zero, a step of zero is one
+        return torch.where((half == 0) & seen, SMALLEST, half)
 
     def fit(self, weight: Tensor, metric: Tensor | None = None) -> Scales:
         """Fit candidate ranges, with the step and the offset by least squares for their codes."""

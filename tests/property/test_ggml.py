@@ -40,6 +40,15 @@ def test_the_bytes_are_read_as_the_same_weight(grid: Block, size: float, seed: i
     assert torch.equal(decoded(grid, data), grid.weight(codes, scales))
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_zeros_and_what_float16_takes_for_zeros_stay_zeros(kind: type[Block], size: float):
+    grid = kind()
+    weight = random(1, 2, 256).float() * size
+    scales = grid.fit(weight)
+    assert not grid.project(weight).any() and not decoded(grid, grid.pack(grid.codes(weight, scales), scales)).any()
+
+
 @settings(max_examples=20)
 @given(blocks, seeds)
 def test_so_are_those_of_a_descent(grid: Block, seed: int):
