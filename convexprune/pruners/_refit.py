@@ -11,7 +11,7 @@ from torch import Tensor
 from convexprune._setting_types import NotNegative
 from convexprune.constraints import Constraint
 from convexprune.core import Problem, Quadratic, Support, cholesky
-from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, Score
+from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, Score, filled, with_dead_weights
 from convexprune.pruners._cost import Cost
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.solvers import AbstractSolver, Solution
@@ -53,10 +53,11 @@ class Refitted(AbstractPruner):
 
     @torch.no_grad()
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        pruned = self.pruner.prune(problem)
-        damping = choose_damping(problem, self.damping)
-        weight, refits = refitted(damped(problem, damping), pruned.mask, pruned.weight, self.refit)
-        return replace(pruned, weight=weight, solutions=pruned.solutions + refits, damping=pruned.damping or damping)
+        pruned, alive = self.pruner.prune(problem), filled(problem)
+        damping, start = choose_damping(alive, self.damping), pruned.weight.masked_fill(problem.dead, 0)
+        weight, refits = refitted(damped(alive, damping), pruned.mask, start, self.refit)
+        edit = replace(pruned, weight=weight, solutions=pruned.solutions + refits, damping=pruned.damping or damping)
+        return edit if alive is problem else with_dead_weights(problem, edit)
 
 
 def refitted(

@@ -10,6 +10,7 @@ from convexprune.constraints import Constraint, SemiStructured, Unstructured
 from convexprune.core._moments import Moments
 from convexprune.pruners import PRUNERS, Convex, Damping, LayerProblem, Refitted, SparseGPT
 from convexprune.pruners._base import filled
+from convexprune.solvers import Status
 
 ROWS, INPUTS = 16, 40
 LOOKING = sorted(PRUNERS.keys() - {"magnitude"})  # which does not look at the inputs
@@ -93,9 +94,10 @@ def test_what_a_dead_input_brings_in_the_dense_network_is_still_made_up_for():
 
 def test_inputs_that_are_all_dead_cost_nothing():
     layer = Layer(random(0, 4, 8), torch.zeros(9, 8, dtype=torch.float64), torch.zeros(9, 8, dtype=torch.float64))
-    for name in PRUNERS:
-        pruned = PRUNERS[name]().prune(layer_problem(layer, SemiStructured(2, 4)))
+    for pruner in (*(kind() for kind in PRUNERS.values()), Refitted(PRUNERS["wanda"]())):
+        pruned = pruner.prune(layer_problem(layer, SemiStructured(2, 4)))
         assert pruned.weight.isfinite().all()
+        assert all(solution.status is Status.SOLVED for solution in pruned.solutions)
         assert torch.equal(pruned.weight, layer.weight * pruned.mask)
 
 
