@@ -136,10 +136,13 @@ class Codebook(ABC):
         counts = (groups != 0).to(weight) if self.has_zero else torch.ones_like(groups)
         if metric is not None:
             counts *= metric.view(1, -1, width)
-        outermost = max(self.values, key=abs)
         largest = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
-        clips = (largest * (clip / outermost) for clip in torch.linspace(WIDEST, NARROWEST, CLIPS).tolist())
-        return self.best(groups, clips, lambda off: off.square_().mul_(counts))
+        return self.best(groups, self.candidates(largest), lambda off: off.square_().mul_(counts))
+
+    def candidates(self, largest: Tensor) -> Iterable[Tensor]:
+        """Return steps to choose from for groups with these `largest` weights."""
+        outermost = max(self.values, key=abs)
+        return (largest * (clip / outermost) for clip in torch.linspace(WIDEST, NARROWEST, CLIPS).tolist())
 
     def best(self, groups: Tensor, candidates: Iterable[Tensor], cost: Callable[[Tensor], Tensor]) -> Scales:
         """Return the candidate steps [m n/group] of least cost for each group [m n/group group].

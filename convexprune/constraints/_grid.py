@@ -1,5 +1,6 @@
 """Grids with a scale for each group of a row: whole numbers, and tables of floating-point numbers of four bits."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -180,6 +181,11 @@ class MXFP4(FP4):
 
     group: int = 32
     name = "mxfp4"
+
+    def candidates(self, largest: Tensor) -> Iterable[Tensor]:
+        """Return OCP's step, with which the largest weight is 4 to 8 times it, its double, and two smaller ones."""
+        exponent = largest.frexp().exponent
+        return ((exponent - down).to(largest).exp2() for down in range(2, 6))
 
     def round_step(self, step: Tensor) -> Tensor:
         return torch.where(step == 0, 1.0, step).abs().log2().round().clamp(-127, 127).exp2()

@@ -16,10 +16,10 @@ from convexprune.quantizers._passes import Sweep, minimizer
 
 @dataclass(frozen=True)
 class Nearest(AbstractQuantizer):
-    """Every kept value goes to the nearest point of its grid, whose scale is that of the least squared error.
+    """Every kept value goes to the nearest point of its grid, whose scale has the least squared error of a few.
 
     It knows no inputs. Of a pruner's `rtn` in the literature the scale is often the largest weight over the largest
-    code, which is never better.
+    code.
     """
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convexprune.constraints import GRIDS, Quantized, Unstructured, make_grid, parse_pattern
 from convexprune.constraints._codebook import Codebook
+from convexprune.constraints._grid import MXFP4
 from convexprune.errors import PatternError
 from convexprune.pruners import LayerEdit
 from convexprune.quantizers import QUANTIZERS, Descent
@@ -57,6 +58,17 @@ def test_a_stored_weight_is_known_to_be_on_its_grid(grid: Codebook, dtype: torch
 @given(grids.filter(lambda grid: len(grid.values) <= 16), seeds)
 def test_a_weight_that_is_not_is_counted(grid: Codebook, seed: int):
     assert grid.violation(random(seed, 4, 256)) > 0
+
+
+@given(st.integers(-20, 20), seeds)
+def test_mxfp4_takes_the_best_power_of_two(power: int, seed: int):
+    grid, weight = MXFP4(), random(seed, 4, 64) * 2.0**power
+    steps = [2.0 ** (power + each) for each in range(-8, 4)]
+    errors = torch.stack([(grid.nearest(weight / step) * step - weight).square() for step in steps])
+    found = grid.project(weight)
+    least = errors.unflatten(2, (-1, 32)).sum(3).amin(0)
+    torch.testing.assert_close((found - weight).square().unflatten(1, (-1, 32)).sum(2), least)
+    assert torch.equal(grid.project(found), found)
 
 
 @given(grids, seeds)
