@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._device.precision import widened
@@ -16,7 +16,7 @@ from ._checkpoints.admission import refuse_non_finite, refuse_quantized, require
 from ._checkpoints.origin import Origin, OriginalState, origin_of_loaded, used_alone
 from ._checkpoints.shards import Shards
 from ._discovery.discovery import discover
-from ._discovery.family import decoder_layers, positions
+from ._discovery.family import decoder_layers, positions, vocabulary
 from ._discovery.operators import computes_on, put, tensor_of
 from ._discovery.passes import CallRecorder, entering, logits_at, pieces, standing_in
 from ._discovery.probing import ProbedModel, of_each_kind, refuse_looking_ahead, refuse_other_replays
@@ -126,9 +126,7 @@ class HuggingFaceModel(ProbedModel):
     @property
     def vocab_size(self) -> int:
         """Size of the vocabulary: token ids run from 0 to one less."""
-        embedding = self.model.get_input_embeddings()
-        assert isinstance(embedding, nn.Embedding)
-        return embedding.num_embeddings
+        return vocabulary(self.model)
 
     @property
     def max_positions(self) -> int:

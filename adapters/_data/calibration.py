@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from convexprune._progress import begin
 from convexprune.errors import CalibrationError
 from convexprune.recipe import Recipe
 
+from .._discovery.family import positions, vocabulary
 from .._huggingface import HuggingFaceModel
 from .documents import TEXT_FILES, Documents, Split, read_documents
 from .rows import ACCEPTED, ids_as_tensor, read_rows, refuse_uninformative
@@ -54,7 +56,7 @@ def calibration_and_held_out(
             return calibration, calibration[:0]
         return calibration, sampled_windows(model, num_samples=spare, length=length, seed=seed, split="held-out")
     wanted = None if num_samples is None else num_samples + spare
-    windows = _valid(_windows(dataset, model, wanted, max_seq_length, length, split), model)
+    windows = _valid(_windows(dataset, model, wanted, max_seq_length, length, split), model.model, model.name)
     name = str(dataset) if isinstance(dataset, str | Path) else f"a {type(dataset).__name__}"
     chosen, left = _choose(windows, num_samples, spare, seed, split, name)
     refuse_uninformative(chosen)
@@ -112,9 +114,18 @@ def text_windows(
     _check_request(None, window, model)
     is_path = isinstance(text, Path) or ("\n" not in text and text.endswith(TEXT_FILES))
     windows = _cut(_tokenise(read_documents(Path(text)) if is_path else Documents([str(text)]), model), window)
-    return _choose(
-        _valid(windows, model), None, 0, 0, "evaluation", name or (str(text) if is_path else "the text given")
-    )[0]
+    windows = _valid(windows, model.model, model.name)
+    return _choose(windows, None, 0, 0, "evaluation", name or (str(text) if is_path else "the text given"))[0]
+
+
+def to_predict(windows: Any, model: PreTrainedModel, name: str) -> Tensor:
+    """Return windows [windows window] to evaluate on as int64 on the CPU, if the model can read and predict them."""
+    got = list(windows.shape) if isinstance(windows, Tensor) else f"a {type(windows).__name__}"
+    if not isinstance(windows, Tensor) or windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise CalibrationError(
+            f"Perplexity needs windows of 2 or more tokens, a tensor of ids [windows window]; got {got}."
+        )
+    return _valid(windows, model, name)
 
 
 def _windows(
@@ -173,19 +184,17 @@ def _cut(tokens: Tensor, length: int) -> Tensor:
     return tokens[: len(tokens) // length * length].reshape(-1, length)
 
 
-def _valid(windows: Tensor, model: HuggingFaceModel) -> Tensor:
+def _valid(windows: Tensor, model: PreTrainedModel, name: str) -> Tensor:
     """Return windows as int64 on the CPU, if the model can read them."""
     if windows.dtype not in INTEGERS:
         raise CalibrationError(f"Token ids are integers; got {windows.dtype}. Give what the tokenizer returned.")
-    windows = windows.to("cpu", torch.int64)
-    if windows.shape[1] > model.max_positions:
+    windows, limit, known = windows.to("cpu", torch.int64), positions(model.config), vocabulary(model)
+    if windows.shape[1] > limit:
+        raise CalibrationError(f"Windows of {windows.shape[1]} tokens; {name} sees {limit} at most. Cut them shorter.")
+    if windows.numel() and not 0 <= int(windows.min()) <= int(windows.max()) < known:
         raise CalibrationError(
-            f"Windows of {windows.shape[1]} tokens; {model.name} sees {model.max_positions} at most. Cut them shorter."
-        )
-    if windows.numel() and not 0 <= int(windows.min()) <= int(windows.max()) < model.vocab_size:
-        raise CalibrationError(
-            f"Token ids from {int(windows.min())} to {int(windows.max())}; {model.name} knows 0 to "
-            f"{model.vocab_size - 1}. Is it another model's tokenizer?"
+            f"Token ids from {int(windows.min())} to {int(windows.max())}; {name} knows 0 to {known - 1}. Is it "
+            "another model's tokenizer?"
         )
     return windows
 

@@ -1,6 +1,6 @@
 """Decoder layers and sizes of a model of transformers, by its configuration; and the tested families."""
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from convexprune.errors import ModelError
@@ -98,6 +98,13 @@ def positions(config: PretrainedConfig) -> int:
     names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
     limits = [limit for name in names if isinstance(limit := getattr(text, name, None), int) and limit > 0]
     return limits[0] if limits else NO_LIMIT
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return the size of a model's vocabulary: token ids run from 0 to one less."""
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    return len(embedding)
 
 
 def head_size(config: PretrainedConfig) -> int:

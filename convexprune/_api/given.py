@@ -91,11 +91,13 @@ class Sources:
             windows["evaluation"] = windows["held_out"]
         if self.evaluation is not None and "evaluation" not in windows:
             windows["evaluation"] = self._to_evaluate(sampler, windows["calibration"].shape[1], recipe)
+        if "evaluation" in windows:
+            windows["evaluation"] = adapters.to_predict(windows["evaluation"], model.model, model.name)
         return windows
 
     def _to_evaluate(self, model: HuggingFaceModel, window: int, recipe: Recipe) -> Tensor:
         if isinstance(self.evaluation, Tensor):
-            return self.evaluation
+            return adapters.to_predict(self.evaluation, model.model, model.name)
         if self.evaluation == "self":
             settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": recipe.seed}
             return adapters.calibration_and_held_out("self", model, split="evaluation", **settings)[0]

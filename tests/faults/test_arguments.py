@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as t
 from door import SMALL, TOKENS
-from tiny_families import _COMMON, build_family
+from tiny_families import _COMMON, POSITIONS, VOCABULARY, build_family
 
 import convexprune
 from convexprune import errors
@@ -50,6 +50,41 @@ def test_arguments_of_another_kind_are_refused(case: str):
     with pytest.raises(errors.ConvexpruneError, match=message) as caught:
         convexprune.prune(**({"model": EMBEDDED} | SMALL | settings))
     assert len(str(caught.value)) < 400
+
+
+WINDOWS = TOKENS % VOCABULARY
+UNREADABLE = {
+    "an unknown token": (WINDOWS + VOCABULARY, "knows 0 to 127"),
+    "a token below zero": (WINDOWS - VOCABULARY, "Token ids from -12"),
+    "numbers": (WINDOWS.float(), "Token ids are integers"),
+    "too long": (WINDOWS.repeat(1, 4), f"Windows of 96 tokens; .* sees {POSITIONS} at most"),
+    "no window": (WINDOWS[:0], r"windows of 2 or more tokens.*got \[0, 24\]"),
+    "no token to predict": (WINDOWS[:, :1], r"got \[6, 1\]"),
+    "a line of tokens": (WINDOWS[0], r"got \[24\]"),
+    "batches": (WINDOWS[None], r"got \[1, 6, 24\]"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_windows_that_the_model_cannot_read_are_refused_before_any_layer(case: str, tmp_path: Path):
+    windows, message = UNREADABLE[case]
+    build_family("llama").save_pretrained(tmp_path / "model")
+    phases = set[str]()
+    settings = SMALL | {"dataset": WINDOWS, "on_progress": lambda event: phases.add(event.phase)}
+    for source, output in ((build_family("llama"), None), (tmp_path / "model", tmp_path / "out")):
+        with pytest.raises(errors.CalibrationError, match=message):
+            convexprune.prune(source, output_dir=output, evaluation=windows, **settings)
+    assert not {"pruning", "perplexity"} & phases and "loading the model" in phases
+
+
+def test_windows_to_evaluate_on_may_be_integers_of_any_size(tmp_path: Path):
+    build_family("llama").save_pretrained(tmp_path / "model")
+    settings = SMALL | {"dataset": WINDOWS, "method": "magnitude"}
+    found = [
+        convexprune.prune(tmp_path / "model", output_dir=tmp_path / name, evaluation=windows, **settings).report
+        for name, windows in (("int", WINDOWS.int()), ("long", WINDOWS))
+    ]
+    assert found[0].perplexity == found[1].perplexity
 
 
 @pytest.mark.parametrize("settings", [{"on_progress": 5}, {"output_dir": " "}, {"tokenizer": 5}, {"model": 5}])
