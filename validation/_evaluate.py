@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from math import log
 from pathlib import Path
@@ -106,7 +107,8 @@ def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any)
     the divergence from its predictions is measured, too.
 
     Args:
-        model: Folder, or name on the hub. Left out: the small OPT model that is bundled. Or a loaded model.
+        model: Folder, or name on the hub. Left out: the small OPT model that is bundled. Or a loaded model: it moves to
+            `device`, and is otherwise left as it was.
         settings: by name:
         {settings}
 
@@ -119,12 +121,20 @@ def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any)
     own, shared = EVALUATE.read({"model": model, **settings} if model is not None else settings)
     _check(own)
     device, chosen = default_device(shared.get("device", "auto")), adapters.bundled_if_none(shared)
+    if shared.get("dtype") is not None and any(isinstance(each, PreTrainedModel) for each in (model, own.against)):
+        raise RecipeError(f"dtype={shared['dtype']!r}: a loaded model keeps its own. Leave dtype out, or cast it.")
     dtype = None if chosen.get("dtype") is None else getattr(torch, str(chosen["dtype"]))
     trust: dict[str, Any] = {"trust_remote_code": own.trust_remote_code, "allow_changed": own.allow_changed}
-    with within_memory():
+    tokenizer = adapters.given_tokenizer(own.tokenizer)
+    with within_memory(), ExitStack() as lent:
         begin("loading the model")
-        sources = [source for source in (chosen["model"], own.against) if source is not None]
-        return _measured([load(source, device=device, dtype=dtype, **trust) for source in sources], own)
+        opened = list[HuggingFaceModel]()
+        for source in (source for source in (chosen["model"], own.against) if source is not None):
+            of_loaded = isinstance(source, PreTrainedModel)
+            words = None if opened and not of_loaded else tokenizer
+            kept = load(source, device=device, dtype=None if of_loaded else dtype, tokenizer=words, **trust)
+            opened.append(lent.enter_context(kept.lent()))
+        return _measured(opened, own)
 
 
 def _check(own: Evaluate) -> None:

@@ -121,7 +121,7 @@ def evaluate_tasks(
 ) -> tuple[TaskScore, ...]:
     """Score tasks, with `settings` of lm-eval beside: `limit`, `num_fewshot`, `batch_size`."""
     if model.tokenizer is None:
-        raise ModelError(f"{model.name} has no tokenizer, so it reads no task.")
+        raise ModelError(f"{model.name} has no tokenizer, so it reads no task. Give tokenizer= (in Python).")
     harness, models = import_module("lm_eval.evaluator"), import_module("lm_eval.models.huggingface")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it says of the model is not so: it is loaded already
     wrapped = models.HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=settings.pop("batch_size"))

@@ -14,6 +14,9 @@ from convexprune.errors import OutputError, RecipeError
 TASKS = setting((), "Tasks of lm-eval to measure accuracy on, as hellaswag,arc_easy (needs lm-eval).", first=True)
 TASKS_DIR = setting(None, "Folder with task files of your own, as lm-eval reads them.", first=True)
 TASK_BATCH = 8
+TOKENIZER = setting(
+    None, "Of a loaded model, to read text: an object of transformers, or its folder or name (in Python)."
+)
 LIMIT = setting(None, "Only the first so many items of each task, to try it out.", ge=1)
 
 
@@ -120,6 +123,7 @@ class Evaluate(Reading):
         first=True,
         named=True,
     )
+    tokenizer: Any = TOKENIZER
     tasks: Annotated[tuple[str, ...], LISTED] = TASKS
     tasks_dir: Path | None = TASKS_DIR
     window: int | None = setting(
@@ -180,9 +184,7 @@ class Doctor(Settings):
 class Opening(Reading):
     group = "model"
     allow_pickle: bool = setting(False, "Read pickled checkpoints, which can run code.")
-    tokenizer: Any = setting(
-        None, "For a loaded model and a data set of text: an object of transformers, or its folder or name."
-    )
+    tokenizer: Any = TOKENIZER
 
 
 class Output(Settings):

@@ -68,6 +68,28 @@ def test_every_number_is_that_of_a_plain_loop(pair: tuple[Path, Path, Path]):
     assert alone.kl == pytest.approx(0, abs=1e-6) and alone.perplexity.windows == 2
 
 
+def test_a_loaded_model_is_measured_as_its_folder_and_left_as_it_was(pair: tuple[Path, Path, Path]):
+    dense, other, text = pair
+    (expected,) = convexprune.evaluate(other, against=dense, text=text, window=32).texts
+    first, second = (AutoModelForCausalLM.from_pretrained(place).train() for place in (other, dense))
+    first.model.decoder.layers[0].eval()
+    first.lm_head.requires_grad_(False)
+    before = [_state(model) for model in (first, second)]
+    for words in (dense, AutoTokenizer.from_pretrained(dense)):
+        assert convexprune.evaluate(first, against=second, text=text, window=32, tokenizer=words).texts == (expected,)
+    assert convexprune.evaluate(other, against=second, text=text, window=32).texts == (expected,)
+    with pytest.raises(errors.CalibrationError, match=r"has no tokenizer.* give tokenizer="):
+        convexprune.evaluate(first, against=second, text=text)
+    for given in ({"model": first}, {"model": dense, "against": second}):
+        with pytest.raises(errors.RecipeError, match="dtype='bfloat16': a loaded model keeps its own"):
+            convexprune.evaluate(**given, text=text, dtype="bfloat16", tokenizer=dense)
+    assert [_state(model) for model in (first, second)] == before
+
+
+def _state(model: Any) -> list[Any]:
+    return [*(each.training for each in model.modules()), *((p.requires_grad, p.dtype) for p in model.parameters())]
+
+
 def test_the_common_window_and_the_models_own_are_both_measured(pair: tuple[Path, Path, Path], monkeypatch):
     dense, _, text = pair
     monkeypatch.setattr(module, "COMMON", 16)
