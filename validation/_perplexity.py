@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from convexprune import adapters
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._progress import begin
 from convexprune.adapters import HuggingFaceModel, Logits, by_token, last_states, logits_in_pieces, of_states
@@ -52,9 +53,13 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> P
         The perplexity.
 
     Raises:
-        CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
+        CalibrationError: there is no window, or none with a token to predict; the model cannot read the windows; or the
+            batch size is not positive.
     """
-    return fit(tokens, of_model(model), batch_size=batch_size)[0][0]
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise CalibrationError(f"batch_size={batch_size!r}: a whole number of windows is needed, 1 at least.")
+    windows = adapters.to_predict(tokens, model, type(model).__name__)
+    return fit(windows, of_model(model), batch_size=batch_size)[0][0]
 
 
 @torch.no_grad()
@@ -67,12 +72,6 @@ def fit(
     by window, and sums are in float64; batches come once, in order. Of the tokens after the first of a window those
     count that are `counted` [windows window - 1], or all.
     """
-    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise CalibrationError(
-            f"Perplexity needs windows of 2 or more tokens [windows window]; got {list(tokens.shape)}."
-        )
-    if batch_size < 1:
-        raise CalibrationError(f"batch_size={batch_size}: at least 1 is needed.")
     windows, window = tokens.shape
     counts = torch.ones(windows, window - 1) if counted is None else counted.float()
     batches, count = tokens.split(batch_size), int(counts.sum())
@@ -88,15 +87,16 @@ def fit(
 
 
 def of_model(model: PreTrainedModel) -> Logits:
-    """Return the logits of a model without dropout; the model is left in the mode that it was in."""
+    """Return the logits of a model without dropout; its modules are left in the modes that they were in."""
 
     def logits(batch: Tensor) -> Iterator[Tensor]:
-        training = model.training
+        training = [module for module in model.modules() if module.training]
         model.eval()
         try:
             yield from logits_in_pieces(model, batch.to(model.device))
         finally:
-            model.train(training)
+            for module in training:
+                module.training = True
 
     return logits
 

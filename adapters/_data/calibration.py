@@ -123,7 +123,7 @@ def to_predict(windows: Any, model: PreTrainedModel, name: str) -> Tensor:
     got = list(windows.shape) if isinstance(windows, Tensor) else f"a {type(windows).__name__}"
     if not isinstance(windows, Tensor) or windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise CalibrationError(
-            f"Perplexity needs windows of 2 or more tokens, a tensor of ids [windows window]; got {got}."
+            f"Perplexity needs windows of 2 or more tokens as a tensor of ids [windows window]; got {got}."
         )
     return _valid(windows, model, name)
 

@@ -86,6 +86,18 @@ def test_dropout_is_off_and_the_mode_is_given_back(build):
     assert model.training
 
 
+def test_each_module_is_left_in_its_mode(build):
+    model = build("opt").train()
+    model.model.decoder.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    perplexity(model, WINDOWS)
+    assert [module.training for module in model.modules()] == before and set(before) == {True, False}
+
+
+def test_token_ids_may_be_integers_of_any_size(tiny_opt):
+    assert perplexity(tiny_opt.model, WINDOWS.int()) == perplexity(tiny_opt.model, WINDOWS)
+
+
 @pytest.mark.parametrize(
     ("tokens", "batch_size", "message"),
     [
@@ -93,9 +105,14 @@ def test_dropout_is_off_and_the_mode_is_given_back(build):
         (WINDOWS[:, :1], 1, r"got \[5, 1\]"),
         (WINDOWS[0], 1, r"got \[32\]"),
         (WINDOWS, 0, "batch_size=0"),
+        (WINDOWS, 1.5, r"batch_size=1\.5: a whole number"),
+        (WINDOWS.tolist(), 1, "a tensor of ids .*got a list"),
+        (WINDOWS.double(), 1, "Token ids are integers"),
+        (WINDOWS + 4096, 1, "OPTForCausalLM knows 0 to 4095"),
+        (WINDOWS.repeat(1, 3), 1, "Windows of 96 tokens; OPTForCausalLM sees 64 at most"),
     ],
 )
-def test_nothing_to_predict_is_refused(tiny_opt, tokens, batch_size, message):
+def test_what_cannot_be_predicted_is_refused(tiny_opt, tokens, batch_size, message):
     with pytest.raises(CalibrationError, match=message):
         perplexity(tiny_opt.model, tokens, batch_size)
 
