@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -76,10 +76,10 @@ def save_from_store(
     store: FolderStore,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
-    settings: Mapping[str, Any],
+    marked: Callable[[Mapping[str, Any]], dict[str, Any]],
     narrowed: AbstractRemoval | None = None,
 ) -> None:
-    """Write the model with its layers from the store, without removed parts, and add `settings` to config.json.
+    """Write the model with its layers from the store, without removed parts, and with the config.json as `marked`.
 
     A streamed model is assembled tensor by tensor; a loaded model has the layers already. A `tokenizer` replaces the
     checkpoint's.
@@ -89,13 +89,13 @@ def save_from_store(
             model.model.get_parameter(name).data.copy_(entry.read())
         with writing(folder):
             save(model if narrowed is None else narrowed.apply_to(model), folder)
-        write_settings(folder / CONFIG, json.loads((folder / CONFIG).read_bytes()) | dict(settings))
+        write_settings(folder / CONFIG, marked(json.loads((folder / CONFIG).read_bytes())))
         for path in [] if model.folder is None else documents(model.folder):
             copy_file(path, folder / result_name(path.name))
         return
 
     def configured(config: Mapping[str, Any]) -> dict[str, Any]:
-        return (dict(config) if narrowed is None else narrowed.configured(config)) | dict(settings)
+        return marked(config if narrowed is None else narrowed.configured(config))
 
     renamed = str if narrowed is None else narrowed.renamed
     model.shards.assemble(folder, _changed_entries(model, store, narrowed), configured, renamed)

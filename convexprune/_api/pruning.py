@@ -22,7 +22,7 @@ from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.work import prune_claimed
 from convexprune._progress import FORECAST, begin
 from convexprune._recipe_file import write_recipe
-from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
+from convexprune._rendering.card import mark_sparse, with_sparsity, write_card
 from convexprune._rendering.page import write_page
 from convexprune._runs.executors import Job
 from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder, identity
@@ -213,7 +213,7 @@ class InFolder(Request):
         narrowed = self._narrowed(lambda name: stored[name].read())
         if narrowed is not None:
             report.narrowed = narrowed.sizes(loaded)
-        adapters.save_from_store(loaded, store, place, self.given_tokenizer, sparsity_settings(report), narrowed)
+        adapters.save_from_store(loaded, store, place, self.given_tokenizer, partial(with_sparsity, report), narrowed)
         store.write_blocks(place / BLOCKS, [layer.name for layer in loaded.layers])
         write_recipe(self.recipe, place)
         if narrowed is not None:

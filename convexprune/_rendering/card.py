@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -70,6 +70,7 @@ def _environment() -> Environment:
 
 
 FOLDER, RUN = "DIR", "RUN"  # names in the card of the result's place and, in the card of an export, of the run's
+SPARSITY = "sparsity_config"
 METRICS = {"value": "perplexity", "kl": "kl divergence from dense"}  # by their names in the report
 
 
@@ -82,7 +83,7 @@ def sparsity_settings(report: Report) -> dict[str, Any]:
     if not report.asks_for_zeros:
         return {}
     return {
-        "sparsity_config": {
+        SPARSITY: {
             "format": "dense",  # the zeros are stored as other weights are
             "global_sparsity": round(report.sparsity, 6),  # of the operators that were pruned
             "sparsity_structure": report.recipe["pattern"],
@@ -92,7 +93,13 @@ def sparsity_settings(report: Report) -> dict[str, Any]:
     }
 
 
+def with_sparsity(report: Report, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config.json with the sparsity entry of this result, and of no earlier one."""
+    return {name: value for name, value in config.items() if name != SPARSITY} | sparsity_settings(report)
+
+
 def mark_sparse(model: PreTrainedModel, report: Report) -> None:
+    vars(model.config).pop(SPARSITY, None)
     for name, value in sparsity_settings(report).items():
         setattr(model.config, name, value)
 

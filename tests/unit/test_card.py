@@ -154,6 +154,20 @@ def test_quantization_is_no_sparsity(build, tmp_path: Path):
     assert "sparsity_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+def test_a_second_run_leaves_no_sparsity_of_the_first(build, tmp_path: Path):
+    grid: dict[str, Any] = MAGNITUDE | {"sparsity": 0, "quantize": "int4", "group_size": 32, "ignore": ["down_proj"]}
+    model = build("llama")
+    convexprune.prune(model, pattern="2:4", **MAGNITUDE).model.save_pretrained(tmp_path / "sparse")
+    convexprune.prune(tmp_path / "sparse", output_dir=tmp_path / "streamed", **grid)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    convexprune.prune(loaded, output_dir=tmp_path / "whole", **grid)
+    convexprune.prune(model, **grid).model.save_pretrained(tmp_path / "memory")
+    assert "sparsity_config" in json.loads((tmp_path / "sparse" / "config.json").read_text())
+    assert not hasattr(loaded.config, "sparsity_config")
+    for name in ("streamed", "whole", "memory"):
+        assert "sparsity_config" not in json.loads((tmp_path / name / "config.json").read_text())
+
+
 def test_a_model_without_some_of_its_channels_is_not_sparse(dense: Path, tmp_path: Path):
     settings: dict[str, Any] = MAGNITUDE | {"pattern": "channels:8", "sparsity": 0.34}
     report = convexprune.prune(dense, output_dir=tmp_path / "out", **settings).report
