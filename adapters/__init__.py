@@ -7,6 +7,7 @@ from ._allocating import allocate, allocate_each, token_weights
 from ._channels.permuting import Permutation, Permuted, find_permutation
 from ._checkpoints.admission import refuse_headless
 from ._checkpoints.model_folder import local_folder, refuse_packed, said_of_base
+from ._checkpoints.origin import cast_back
 from ._checkpoints.reading import given_tokenizer
 from ._data.calibration import calibration_and_held_out, recipe_windows, text_windows, to_predict, window_length
 from ._data.documents import (

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -92,6 +93,26 @@ def used_alone(model: nn.Module) -> Iterator[None]:
             users.pop()
             if not users:
                 del _users[id(model)]
+
+
+@contextmanager
+def cast_back(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """Give a loaded model back, if the block raises, what a cast to `dtype` rounds: parameters, gradients, buffers."""
+
+    def kept(tensor: Tensor) -> bool:
+        return tensor.is_floating_point() and dtype not in (None, tensor.dtype) and not tensor.is_meta
+
+    is_loaded = isinstance(model, PreTrainedModel)
+    own = [each for p in model.parameters() for each in (p, p.grad) if each is not None] if is_loaded else []
+    named = dict(model.named_buffers(remove_duplicate=False)) if is_loaded else {}  # a cast makes new ones
+    before = [(each, each.data.to("cpu")) for each in own if kept(each)]
+    buffers = {name: buffer.to("cpu") for name, buffer in named.items() if kept(buffer)}
+    try:
+        yield
+    except BaseException:
+        for tensor, values in (*before, *((model.get_buffer(name), values) for name, values in buffers.items())):
+            tensor.data = values.to(tensor.device)
+        raise
 
 
 class OriginalState:

@@ -67,11 +67,11 @@ def prune(
     """Prune a language model; the report has the certificate of every operator's convex solve.
 
     A loaded model moves to `device` and `dtype` and is changed in place: it keeps its modes (train, eval) and
-    `requires_grad`, and is pruned only if the run succeeds. Meanwhile a copy of its decoder layers is in the memory of
-    the CPU. A data set may also be a list of texts, or token ids: tensors, arrays, lists, or an iterable (a
-    DataLoader); a text to evaluate on may be token windows [windows window]; a solver may be an `AbstractSolver` of the
-    user. With `output_dir` the model is never whole in memory, if its checkpoint allows streaming (docs/runs.md); the
-    run can be interrupted, and `recipe.yaml` and `report.json` lie beside the result.
+    `requires_grad`, and is pruned and cast only if the run succeeds. Meanwhile a copy of its decoder layers, and of all
+    that is cast, is in the memory of the CPU. A data set may also be a list of texts, or token ids: tensors, arrays,
+    lists, or an iterable (a DataLoader); a text to evaluate on may be token windows [windows window]; a solver may be
+    an `AbstractSolver` of the user. With `output_dir` the model is never whole in memory, if its checkpoint allows
+    streaming (docs/runs.md); the run can be interrupted, and `recipe.yaml` and `report.json` lie beside the result.
 
     Args:
         recipe: a `Recipe`, its file, or the folder of a run. Settings beside the recipe replace the recipe's, and
@@ -187,7 +187,7 @@ def permute(
             return permuted.model
 
     begin("loading the model")
-    with opened(source, stream=folder is not None).lent() as loaded:
+    with adapters.cast_back(source, recipe.torch_dtype), opened(source, stream=folder is not None).lent() as loaded:
         adapters.refuse_headless(loaded.model, {"permute": ""})
         check_patterns(loaded.layers, recipe.layer_settings())  # what `prune` refuses afterwards
         # To sample text a model has to be whole.

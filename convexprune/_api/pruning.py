@@ -41,7 +41,8 @@ class InMemory(Request):
     def run(self) -> PruneResult:
         """Prune the loaded model in place. After a failure the model is unchanged."""
         begin("loading the model")
-        with self.open(device=self.device).lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
+        undo = isinstance(self.source, PreTrainedModel)
+        with self.cast_back(), self.open(device=self.device).lent(undo) as loaded:
             return self._pruned(loaded)
 
     def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:
@@ -90,8 +91,8 @@ class InFolder(Request):
         if self.folder.is_finished and not self.executor.rank:
             self._check_finished()
         begin("loading the model")
-        opened = self.open(device=self.device, stream=True)
-        with opened.lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
+        undo = isinstance(self.source, PreTrainedModel)
+        with self.cast_back(), self.open(device=self.device, stream=True).lent(undo) as loaded:
             return self._pruned(loaded)
 
     def plan(self) -> Inspection:

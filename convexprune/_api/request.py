@@ -76,6 +76,7 @@ class Request:
         self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
         self.given_tokenizer = adapters.given_tokenizer(call.tokenizer)
         self.installed = installation(self.device)
+        self.cast_back = partial(adapters.cast_back, self.source, recipe.torch_dtype)
         self.open = partial(
             load,
             self.source,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import convexprune
 from convexprune.core._penalty import L1
 from convexprune.core._problem import Problem
-from convexprune.errors import ModelError
+from convexprune.errors import ConvexpruneError, ModelError
 from convexprune.solvers import AbstractSolver, Solution
 from convexprune.solvers._fista import FISTA
 
@@ -47,6 +47,11 @@ def as_given(build: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     model.get_input_embeddings().requires_grad_(False)
     step(model)
     return model
+
+
+def held(model: PreTrainedModel) -> list[torch.Tensor]:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [*(p.detach() for p in model.parameters()), *gradients, *model.buffers()]
 
 
 def ways(model: PreTrainedModel) -> tuple[list[bool], list[bool]]:
@@ -85,6 +90,29 @@ def test_a_model_that_is_refused_comes_back_as_it_was(build):
     assert ways(model) == expected and same(model, before)
 
 
+@pytest.mark.parametrize("door", ["prune", "permute"])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "huge", "message"),
+    [
+        ("bfloat16", TOKENS + 10**6, 1.0, "Token ids from"),
+        ("float16", TOKENS, 1e6, "NaN or infinite"),  # in float16
+    ],
+)
+def test_a_refused_model_is_not_rounded(
+    build, tmp_path: Path, door: str, whole: bool, dtype: str, tokens: Any, huge: float, message: str
+):
+    model = as_given(build)
+    model.lm_head.weight.data[0, 0] = huge
+    expected, before = ways(model), [each.clone() for each in held(model)]
+    settings = {"dataset": tokens, "num_calibration_samples": 6, "output_dir": None if whole else tmp_path / "out"}
+    with pytest.raises(ConvexpruneError, match=message):
+        getattr(convexprune, door)(model, dtype=dtype, **settings)
+    assert ways(model) == expected
+    for each, other in zip(held(model), before, strict=True):
+        assert each.dtype == other.dtype and torch.equal(each, other)
+
+
 class Failing(AbstractSolver):
     """Solves as FISTA does, and raises once it is asked for the `last` time."""
 
@@ -102,13 +130,13 @@ class Failing(AbstractSolver):
         return FISTA(max_iterations=3, check_every=10).solve(problem, start)
 
 
-@pytest.mark.parametrize("prefix", ["dense", "pruned"])
+@pytest.mark.parametrize(("prefix", "dtype"), [("dense", None), ("pruned", None), ("dense", "bfloat16")])
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
-def test_a_run_that_fails_in_the_middle_leaves_the_model_as_it_was(build, error: BaseException, prefix: str):
+def test_a_run_that_fails_in_the_middle_leaves_the_model_as_it_was(build, error: Any, prefix: str, dtype: Any):
     model = as_given(build)
     before, expected, pruned = bits(model), ways(model), []
     solver = Failing(7 * 2 + 1, error)  # the second stage of the second layer has begun
-    settings = SMALL | {"method_args": {"rounds": 2}, "prefix": prefix}
+    settings = SMALL | {"method_args": {"rounds": 2}, "prefix": prefix, "dtype": dtype}
     with pytest.raises(type(error)):
         convexprune.prune(model, solver=solver, on_progress=on_reports(pruned.append), **settings)
     assert len(pruned) > 7
