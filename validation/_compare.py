@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from convexprune._runs.folder import checksum
 from convexprune._schema.functions import COMPARE, TASK_BATCH
 from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
-from convexprune._storage.files import write_json
+from convexprune._storage.files import read_json, write_json
 from convexprune._storage.staging import Staging, output_folder, require_empty
 from convexprune._storage.tensors import raw
 from convexprune.adapters import HuggingFaceModel, shortage
@@ -38,6 +38,7 @@ from ._variants import Variant, allocated, layer_settings, make_variants
 
 logger = logging.getLogger(__name__)
 IDENTITY = Path("work", "identity.json")
+RESULT, SAMPLES = "compare.json", "samples.json"
 
 
 @visible
@@ -84,7 +85,7 @@ def compare(
     device = default_device(recipe.device)
     adapters.check_dataset(dataset)
     staging = Staging(output_folder(asked.output, model), "compare")
-    require_resumable(staging, staging.place / IDENTITY, asked.resume)
+    before = resumable(staging, recipe.seed, asked.resume)
     texts = _texts(asked.eval_texts)
     begin("loading the model")
     source = adapters.EMBEDDED if model is None else model
@@ -100,12 +101,18 @@ def compare(
     card = _card(loaded, tokens, recipe) | {
         "model": "the bundled OPT" if model is None else Path(model).name,
         "dataset": str(dataset) if isinstance(dataset, str | Path) else given(dataset),
+        **{name: names for name in ("targets", "ignore") if (names := shared.get(name))},
         **({"tasks": asked.tasks, "items of a task": asked.limit or "all"} if asked.tasks else {}),
     }
     of_tasks = {"names": asked.tasks, "folder": asked.tasks_dir, "limit": asked.limit, "batch_size": TASK_BATCH}
     score = partial(evaluate_tasks, **of_tasks) if asked.tasks else None
-    with published(staging):
-        work, clock = _claim(staging, card, variants, asked.resume), Clock()
+    identity = json.loads(json.dumps(card | {"variants": [(variant.name, variant.zeros) for variant in variants]}))
+    if before:
+        require_same(staging, before, identity)
+    with published(staging, identity, before) as is_finished:
+        if is_finished:
+            return read_json(staging.output / RESULT)
+        clock, work = Clock(), staging.place / IDENTITY.parent
         settings = allocated(loaded, tokens, variants, settings, recipe.batch_size)
         clock.lap("survey for allocations")
         comparison = Comparison(loaded, tokens, settings, work, recipe.batch_size, score)
@@ -114,34 +121,79 @@ def compare(
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {loaded.device}"
         result = _result(comparison, variants, card | {"command": command, "machine": machine}, clock)
         folder = staging.begin()
-        write_json(folder / "compare.json", finite(result))
+        write_json(folder / RESULT, finite(result))
         (folder / "report.md").write_text(markdown(result, draw(result, folder) if drawing else []))
     return result
 
 
 @contextmanager
-def published(staging: Staging) -> Iterator[None]:
-    """Hold the place of an output, and publish the output if the block ends well; otherwise keep what is there."""
+def published(staging: Staging, identity: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[bool]:
+    """Hold the place of an output, and publish the output if the block ends well; otherwise keep what is there.
+
+    Yield True if the output is there already.
+    """
     with working(staging.output), staging.held() as is_free:
         if not is_free:
             raise staging.in_use()
-        yield
-        staging.publish()
-        staging.discard()
+        if _before(staging) != before:
+            raise OutputError(f"{staging.output}: another process has just worked on it. Give the command again.")
+        is_finished = _result_in(staging.output) is not None
+        if not before:
+            staging.clear()
+            write_json(staging.place / IDENTITY, identity)
+        yield is_finished
+        if not is_finished:
+            staging.publish()
+        if not is_finished or read_json(staging.place / IDENTITY) in (None, identity):
+            staging.discard()
 
 
-def require_resumable(staging: Staging, begun: Path, resume: bool) -> None:
-    """Refuse, before any work, to lose an output, or the files `begun` in its place without `resume`."""
-    require_empty(staging.output)
+def resumable(staging: Staging, seed: int | list[int], resume: bool) -> dict[str, Any]:
+    """Return what identifies the comparison to go on with, or to hand back; nothing if none was begun.
+
+    Refuse, before any work, to lose one, or to go on with one of other samples.
+    """
+    if not resume or _result_in(staging.output) is None:
+        require_empty(staging.output)
     staging.check()
-    is_begun = staging.is_ours and begun.exists()
-    if resume and not is_begun:
-        raise OutputError(f"{staging.output}: no comparison was interrupted, so there is nothing to resume.")
-    if is_begun and not resume:
+    before = _before(staging)
+    if before and not resume:
         raise OutputError(
             f"{staging.place} already holds something: an interrupted comparison. Go on with resume=True (--resume), "
             "or remove this folder."
         )
+    if before:
+        require_same(staging, {"seed": before["seed"]}, {"seed": seed})
+    return before
+
+
+def require_same(staging: Staging, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+    if differing:
+        is_finished = _result_in(staging.output) is not None
+        holds = f"{staging.output} holds another finished" if is_finished else f"{staging.place} holds another"
+        seeds = f" (--seed {str(before['seed']).strip('[]').replace(' ', '')})" if "seed" in differing else ""
+        raise RecipeError(
+            f"{holds} comparison: {', '.join(differing)} differ. Give the settings that it began with{seeds}, or "
+            "another output folder."
+        )
+
+
+def _before(staging: Staging) -> dict[str, Any]:
+    if (found := _result_in(staging.output)) is not None:
+        card = {name: value for name, value in found["card"].items() if name not in ("command", "machine")}
+        return card | {"variants": [[row["name"], row["asked_sparsity"]] for row in found["rows"]]}
+    path = staging.place / IDENTITY
+    is_begun = path.exists() or staging.new.exists()  # older releases wrote no identity for several samples
+    return (read_json(path) or {"seed": "unknown"}) if is_begun else {}
+
+
+def _result_in(folder: Path) -> Any:
+    for name in (RESULT, SAMPLES):
+        match found := read_json(folder / name):
+            case {"card": {"seed": _}, "rows": [{"name": _, "asked_sparsity": _}, *_]}:
+                return found
+    return None
 
 
 def _card(model: HuggingFaceModel, tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
@@ -186,21 +238,3 @@ def _texts(sources: Sequence[str]) -> dict[str, str]:
     if not 0 < len({Path(source).stem for source in sources}) == len(sources):
         raise RecipeError(f"Evaluation texts {', '.join(sources)}: give one or more, no two with the same file name.")
     return {Path(source).stem: text_of(source) for source in sources}
-
-
-def _claim(staging: Staging, card: dict[str, Any], variants: Sequence[Variant], resume: bool) -> Path:
-    """Write down the identity of the comparison, or check the recorded one; return the folder to work in."""
-    recipes = {variant.name: variant.recipe().model_dump(mode="json") for variant in variants}
-    identity, path = json.loads(json.dumps(card | {"recipes": recipes})), staging.place / IDENTITY
-    if not resume:
-        staging.clear()
-        write_json(path, identity)
-        return path.parent
-    before = json.loads(path.read_text())
-    differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
-    if differing:
-        raise RecipeError(
-            f"{staging.place} holds another comparison: {', '.join(differing)} differ. Give the settings that it "
-            "began with, or another output folder."
-        )
-    return path.parent

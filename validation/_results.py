@@ -153,8 +153,8 @@ def terminal_table(title: str, header: Sequence[str], lines: Iterable[Sequence[s
 
 
 def _text_cells(row: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
-    each = (row["texts"][text] for text in texts)
-    return [c for t in each for c in (f"{t['perplexity']:.2f}", f"{t['excess']:.2f}", f"{t['kl']:.4f}")]
+    styles = {"perplexity": ".2f", "excess": ".2f", "kl": ".4f"}
+    return [short(row["texts"][text][key], style) for text in texts for key, style in styles.items()]
 
 
 def accuracy_cell(row: Mapping[str, Any]) -> list[str]:
@@ -182,8 +182,8 @@ def _largest(values: Iterable[Any]) -> Any:
     return max((value for value in values if value is not None), default=None)
 
 
-def short(value: float | None, style: str = ".2e") -> str:
-    return "-" if value is None else format(value, style)
+def short(value: float | str | None, style: str = ".2e") -> str:
+    return "-" if value is None else format(float(value), style)  # JSON has inf and nan as text
 
 
 def to_perplexity(nll: float) -> float:

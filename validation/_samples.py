@@ -1,6 +1,5 @@
 """A comparison on several calibration samples, which shows the part of chance in a difference."""
 
-import json
 from collections.abc import Mapping, Sequence
 from math import exp, inf, log
 from pathlib import Path
@@ -15,7 +14,7 @@ from convexprune._storage.staging import Staging, output_folder
 from convexprune.errors import RecipeError
 from convexprune.report import finite
 
-from ._compare import compare, published, require_resumable
+from ._compare import SAMPLES, compare, published, resumable
 from ._results import (
     NAMES,
     Row,
@@ -28,7 +27,6 @@ from ._results import (
     will_draw,
 )
 
-SAMPLES = "samples.json"
 SAME = ("name", "method", "pattern", "quota", "allocation", "asked_sparsity", "convention")
 """What the rows of a variant have in common; its zeros may depend on the sample, by a survey or by ties."""
 CAPTION = """\
@@ -59,7 +57,7 @@ def compare_samples(
         seeds: seeds of the choice of calibration windows, at least two. The text should have many more windows than a
             sample: samples with common windows differ too little.
         output: folder for the results; must be empty, unless `resume`.
-        resume: go on with interrupted samples; finished samples are kept.
+        resume: go on with interrupted samples, if there are any; finished samples are kept.
         plots: draw plots, with seaborn; None means if seaborn is installed.
         command: the command line to state in the report.
         settings: see `compare`.
@@ -68,44 +66,23 @@ def compare_samples(
         The content of `samples.json`.
 
     Raises:
-        ConvexpruneError: see `compare`; also for repeated seeds, and samples that do not belong together.
+        ConvexpruneError: see `compare`; also for repeated seeds, and for other seeds than those of what is resumed.
     """
     if len(set(seeds)) < max(2, len(seeds)):
         raise RecipeError(f"Seeds {', '.join(map(str, seeds))}: give at least two, each once.")
     drawing = will_draw(plots)
     staging = Staging(output_folder(output, model), "compare")
-    require_resumable(staging, staging.new, resume)
-    with published(staging):
-        folder = staging.new if resume else staging.begin()
-        results = list[dict[str, Any]]()
-        for seed in seeds:
-            place = folder / f"seed-{seed}"
-            if not place.exists():
-                again = Staging(place, "compare").is_ours
-                compare(model, output=place, seed=seed, resume=again, plots=plots, command=command, **settings)
-            results.append(json.loads((place / "compare.json").read_text()))
-            _check(results[0], results[-1], place)
+    before = resumable(staging, list(seeds), resume)
+    settings |= {"resume": True, "plots": plots, "command": command}
+    with published(staging, {"seed": list(seeds)}, before) as is_finished:
+        folder = staging.output if is_finished else staging.new
+        results = [compare(model, output=folder / f"seed-{seed}", seed=seed, **settings) for seed in seeds]
         card = results[0]["card"] | {"seed": list(seeds), "command": command}
         summary = {"card": card, "dense": results[0]["dense"], "rows": _rows([r["rows"] for r in results])}
-        write_json(folder / SAMPLES, finite(summary))
-        (folder / "report.md").write_text(markdown(summary, [draw_samples(summary, folder)] if drawing else []))
+        if not is_finished:
+            write_json(folder / SAMPLES, finite(summary))
+            (folder / "report.md").write_text(markdown(summary, [draw_samples(summary, folder)] if drawing else []))
     return summary
-
-
-def _check(first: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> None:
-    """Check that samples differ in their calibration windows only."""
-
-    def identity(of: Mapping[str, Any]) -> str:
-        card = {k: v for k, v in of["card"].items() if k not in ("seed", "command", "machine", "hashes")}
-        hashes = {k: v for k, v in of["card"]["hashes"].items() if k not in ("calibration", "held-out")}
-        rows = [[row[key] for key in SAME] for row in of["rows"]]
-        return json.dumps([card, hashes, rows], sort_keys=True)
-
-    if identity(first) != identity(result):
-        raise RecipeError(
-            f"{folder} holds a comparison of another model, other texts or other settings than the first sample. "
-            "Give the settings that it began with, or another output folder."
-        )
 
 
 def _rows(samples: Sequence[Sequence[Row]]) -> list[Row]:

@@ -72,7 +72,11 @@ class Compare(Settings):
     limit: int | None = LIMIT
     eval_window: int | None = setting(None, "Tokens of a window. Left out: 1024, or the model's limit if less.", ge=2)
     eval_windows: int | None = setting(20, "The first so many windows of each text; 0: all.", ge=0)
-    resume: bool = setting(False, "Go on with an interrupted comparison; its settings must be the same.")
+    resume: bool = setting(
+        False,
+        "Go on with an interrupted comparison, if there is one; a finished one is handed back. Its settings must be "
+        "the same.",
+    )
     allow_changed: bool = setting(False, ALLOW_CHANGED)
     plots: bool | None = setting(None, "Draw the results. Left out: if matplotlib is installed.")
 

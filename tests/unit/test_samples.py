@@ -1,6 +1,7 @@
 """A comparison on several samples is that on each, and says how far they agree."""
 
 import json
+import shutil
 from math import exp, inf, log, nan
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,6 +16,7 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.validation import _compare as each_sample
 from convexprune.validation import _samples as samples
 from convexprune.validation import compare_samples
+from convexprune.validation._side_by_side import Comparison
 
 METHODS: dict[str, Any] = {"methods": ["wanda", "sparsegpt"], "patterns": ["unstructured", "2:4"]}
 
@@ -94,23 +96,53 @@ def test_interrupted_samples_go_on_and_what_does_not_belong_is_refused(folder: P
     few: dict[str, Any] = {"patterns": ["unstructured"]}
     whole = sampled(folder, [0, 1, 2], **few)
     (folder / "samples").rename(folder / "whole")
-    with pytest.raises(errors.OutputError, match="nothing to resume"):
-        sampled(folder, [0, 1, 2], resume=True, **few)
     interrupt(monkeypatch, 8)
     with pytest.raises(KeyboardInterrupt):
-        sampled(folder, [0, 1, 2], **few)
+        sampled(folder, [0, 1, 2], resume=True, **few)  # nothing was begun: begin
     out = folder / "samples"
     made = place_of(out) / "new"
     assert (made / "seed-0" / "compare.json").is_file() and (place_of(made / "seed-1") / "work").is_dir()
     first = (made / "seed-0" / "compare.json").read_bytes()
     with pytest.raises(errors.OutputError, match="already holds something"):
         sampled(folder, [0, 1, 2], **few)
-    with pytest.raises(errors.RecipeError, match="another comparison"):
-        sampled(folder, [0, 1, 2], sparsities=[0.6], resume=True, **few)
-    with pytest.raises(errors.RecipeError, match="seed-3 holds a comparison of another model"):
-        sampled(folder, [0, 3], methods=["magnitude"], resume=True, **few)
+    shutil.rmtree(place_of(made / "seed-1"))  # as if killed before: at once, then, not after a sample
+    for other in {"sparsities": [0.6]}, {"methods": ["sparsegpt", "wanda"]}:  # rows are in the order of methods
+        with pytest.raises(errors.RecipeError, match="seed-0 holds another finished comparison: variants differ"):
+            sampled(folder, [0, 1, 2], **few | other, resume=True)
+    for seeds in [0, 2], [0, 1], [2, 1, 0]:
+        with pytest.raises(errors.RecipeError, match=r"another comparison: seed differ.*began with \(--seed 0,1,2\)"):
+            sampled(folder, seeds, resume=True, **few)
     assert without_times(sampled(folder, [0, 1, 2], resume=True, **few)) == without_times(whole)
     assert (out / "seed-0" / "compare.json").read_bytes() == first
+    names = {"report.md", "samples.json", "seed-0", "seed-1", "seed-2"}
+    assert {path.name for path in out.iterdir()} == names and not place_of(out).exists()
+    with monkeypatch.context() as patch:  # a finished one is handed back
+        patch.setattr(Comparison, "run", lambda *args: pytest.fail("it was finished"))
+        assert without_times(sampled(folder, [0, 1, 2], resume=True, **few)) == without_times(whole)
+    with pytest.raises(errors.RecipeError, match="samples holds another finished comparison: seed differ"):
+        sampled(folder, [0, 1], resume=True, **few)
+
+
+def test_an_interrupted_comparison_is_not_lost_to_one_of_more_or_fewer_samples(folder: Path, monkeypatch):
+    out = folder / "samples"
+
+    def one(**settings: Any) -> dict[str, Any]:
+        return compared(folder, output=out, **settings)
+
+    def several(**settings: Any) -> dict[str, Any]:
+        return sampled(folder, [0, 1], **settings)
+
+    for begin, other, seeds in (several, one, "0,1"), (one, several, "0"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, 1)
+            begin()
+        before = sorted(place_of(out).rglob("*"))
+        with pytest.raises(errors.OutputError, match="already holds something: an interrupted comparison"):
+            other()
+        with pytest.raises(errors.RecipeError, match=rf"seed differ\. Give .* \(--seed {seeds}\), or another output"):
+            other(resume=True)
+        assert sorted(place_of(out).rglob("*")) == before and len(before) > 3
+        shutil.rmtree(place_of(out))
 
 
 @pytest.mark.parametrize("seeds", [[], [1], [1, 2, 1]])
