@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from convexprune._schema.group import Settings, setting
-from convexprune._schema.parameters import LISTED, RECIPE, Parameters
+from convexprune._schema.parameters import COUNTS, LISTED, RECIPE, TEXTS, Parameters
 from convexprune._schema.settings import ALLOW_CHANGED, LARGEST_SEED, Plain, Reading, RemoteCode
 from convexprune.errors import OutputError, RecipeError
 
@@ -61,7 +61,7 @@ class Compare(Settings):
         choices=("own", "matrix", "row"),
     )
     output: Path = setting(Path("compared"), "Folder for the result; must be empty or not there.", "-o", first=True)
-    eval_texts: tuple[str, ...] = setting(
+    eval_texts: Annotated[tuple[str, ...], TEXTS] = setting(
         ("python-docs", "licences"),
         "Texts to evaluate on: .txt or .jsonl files, python-docs or licences; repeat it for more.",
         "--eval-text",
@@ -72,11 +72,7 @@ class Compare(Settings):
     limit: int | None = LIMIT
     eval_window: int | None = setting(None, "Tokens of a window. Left out: 1024, or the model's limit if less.", ge=2)
     eval_windows: int | None = setting(20, "The first so many windows of each text; 0: all.", ge=0)
-    resume: bool = setting(
-        False,
-        "Go on with an interrupted comparison, if there is one; a finished one is handed back. Its settings must be "
-        "the same.",
-    )
+    resume: bool = setting(False, "Go on with a comparison of the same settings; a finished one is handed back.")
     allow_changed: bool = setting(False, ALLOW_CHANGED)
     plots: bool | None = setting(None, "Draw the results. Left out: if matplotlib is installed.")
 
@@ -108,14 +104,10 @@ class Verify(Settings):
     seed: int = setting(0, "Of what is drawn.", ge=0, le=LARGEST_SEED)
 
 
-def _texts(texts: Any) -> list[str]:
-    return [str(each) for each in ([texts] if isinstance(texts, str | Path) else texts)]
-
-
 class Evaluate(Reading):
     group = "data"
     _tasks = model_validator(mode="after")(_needs_tasks)
-    text: Annotated[tuple[str, ...], BeforeValidator(_texts)] = setting(
+    text: Annotated[tuple[str, ...], TEXTS] = setting(
         (),
         "Texts to measure perplexity on: .txt or .jsonl files; wikitext2, c4, ptb (from the hub); python-docs, "
         "licences (of this installation); repeat it for more.",
@@ -146,8 +138,8 @@ class Evaluate(Reading):
 
 class Bench(Reading):
     group = "timing"
-    batches: tuple[Annotated[int, Field(ge=1)], ...] = setting(
-        (1, 8, 64), "Sequences that are generated at once; repeat it for more.", "--batch", min_length=1
+    batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], COUNTS] = setting(
+        (1, 8, 64), "Sequences that are generated at once, as 1,8,64.", "--batch", min_length=1
     )
     prompt: int = setting(512, "Tokens of a prompt; fewer if the model cannot see as many.", ge=1)
     new_tokens: int = setting(8, "Tokens to generate in each round; fewer of what takes long.", ge=1)

@@ -2,9 +2,10 @@
 
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import UnionType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
@@ -23,6 +24,22 @@ PLACE = "settings: by name:\n    {settings}"
 """What a docstring has where its settings are to stand."""
 LISTED = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
 """Of a setting that may be a text with commas."""
+
+
+def _texts(given: Any) -> Any:
+    texts = [given] if isinstance(given, str | Path) else given
+    return [str(each) for each in texts] if isinstance(texts, Iterable) else texts
+
+
+def _counts(given: Any) -> Any:
+    counts = [given] if isinstance(given, str) else given
+    return ",".join(counts).split(",") if isinstance(counts, list) and {*map(type, counts)} == {str} else counts
+
+
+TEXTS = BeforeValidator(_texts)
+"""Of texts that may be a single one, or paths."""
+COUNTS = BeforeValidator(_counts)
+"""Of numbers that may be a text with commas, or an option that is repeated."""
 Own = TypeVar("Own", bound=Settings)
 P = ParamSpec("P")
 R = TypeVar("R")

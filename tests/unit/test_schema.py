@@ -48,6 +48,20 @@ def test_a_function_has_its_settings_with_their_defaults_and_words(name: str):
     assert "{settings}" not in words and not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+@pytest.mark.parametrize("batches", ["1,8", ["1,8"], ["1", "8"], [1, 8], (1, 8)])
+def test_batches_and_texts_may_be_a_list_or_a_text(batches: Any):
+    assert doors.BENCH.read({"batches": batches})[0].batches == (1, 8)
+    for door, name in (doors.COMPARE, "eval_texts"), (doors.EVALUATE, "text"):
+        for texts in ("e.txt", Path("e.txt"), ["e.txt"], [Path("e.txt")]):
+            assert getattr(door.read({name: texts})[0], name) == ("e.txt",)
+        for wrong in None, 3:
+            with pytest.raises(errors.RecipeError, match=f"{name}={wrong}: Input should be a valid tuple"):
+                door.read({name: wrong})
+    for wrong in None, 3, [], "", "1,x":
+        with pytest.raises(errors.RecipeError, match="batches"):
+            doors.BENCH.read({"batches": wrong})
+
+
 def test_settings_are_described_where_python_dedents_docstrings():
     """As it does from 3.13 on."""
 
