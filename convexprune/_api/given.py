@@ -86,7 +86,7 @@ class Sources:
             if not len(windows["held_out"]):
                 raise CalibrationError(
                     f"evaluation={HELD_OUT!r}: no sample is held out. Give more text, held_out_samples, or another "
-                    "text to evaluate on (--eval-text)."
+                    "text to evaluate on (--evaluation FILE)."
                 )
             windows["evaluation"] = windows["held_out"]
         if self.evaluation is not None and "evaluation" not in windows:
