@@ -184,7 +184,7 @@ def _before(staging: Staging) -> dict[str, Any]:
         card = {name: value for name, value in found["card"].items() if name not in ("command", "machine")}
         return card | {"variants": [[row["name"], row["asked_sparsity"]] for row in found["rows"]]}
     path = staging.place / IDENTITY
-    is_begun = path.exists() or staging.new.exists()  # older releases wrote no identity for several samples
+    is_begun = path.exists() or any(staging.new.glob("*seed-*"))  # older releases kept no identity of several samples
     return (read_json(path) or {"seed": "unknown"}) if is_begun else {}
 
 
