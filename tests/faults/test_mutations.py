@@ -3,10 +3,11 @@
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import test_baselines
@@ -281,14 +282,8 @@ def unshrunk(test: Any) -> Iterator[None]:
     """Without the search for the smallest failing example, which takes most of the time of a failing test."""
     name = "_hypothesis_internal_use_settings"
     before = getattr(test, name, None)
-    if before is None:
+    with nullcontext() if before is None else patch.object(test, name, settings(before, phases=[Phase.generate])):
         yield
-        return
-    setattr(test, name, settings(before, phases=[Phase.generate]))
-    try:
-        yield
-    finally:
-        setattr(test, name, before)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
