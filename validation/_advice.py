@@ -44,6 +44,17 @@ class Way:
     def times(self) -> float:
         return self.perplexity / self.dense
 
+    def stored(self, dtype: torch.dtype) -> tuple[str, float, float]:
+        """Return the arguments, and bits of operators and of all else on disk, of a model in `dtype`.
+
+        Packs of pruned weights were measured in bfloat16, and nothing is of use in float32: those are cast.
+        """
+        is_pack, arguments = self.then == "pack", self.arguments
+        if dtype not in LOSSLESS or (is_pack and arguments and dtype != torch.bfloat16):
+            arguments, dtype = f"{arguments or '--sparsity 0'} --dtype bfloat16", torch.bfloat16
+        rest = LOSSLESS[dtype] if is_pack else 16
+        return arguments, rest if is_pack and not self.arguments else self.disk, rest
+
 
 @dataclass(frozen=True)
 class Advised:
@@ -209,11 +220,7 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
 
     def applied(way: Way) -> Advised:
         inside, rest = way.kept * operators, way.kept * (decoder - operators) + size.fixed
-        is_coded, arguments, dtype = way.then == "pack", way.arguments, outline.dtype
-        if dtype not in LOSSLESS or (is_coded and arguments and dtype != torch.bfloat16):  # as it was measured
-            arguments, dtype = f"{arguments or '--sparsity 0'} --dtype bfloat16", torch.bfloat16
-        other = LOSSLESS[dtype] if is_coded else 16
-        of_operators = way.disk if way.arguments or not is_coded else other
+        arguments, of_operators, other = way.stored(outline.dtype)
         disk, memory = inside * of_operators + rest * other, inside * way.memory + rest * 16
         bits, faster = disk / (dense / 16), dense / memory
         nbytes = (memory if asked.memory else disk) / 8

@@ -20,7 +20,7 @@ from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._recipe_file import given
 from convexprune._runs.folder import checksum
-from convexprune._schema.functions import COMPARE, TASK_BATCH
+from convexprune._schema.functions import COMPARE, TASK_BATCH, Compare
 from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
 from convexprune._storage.files import read_json, write_json
@@ -82,22 +82,14 @@ def compare(
     drawing = will_draw(asked.plots)
     if asked.tasks:
         require_tasks(asked.tasks, asked.tasks_dir)
-    device = default_device(recipe.device)
+    default_device(recipe.device)  # refuses one that is not there
     adapters.check_dataset(dataset)
     staging = Staging(output_folder(asked.output, model), "compare")
     before = resumable(staging, recipe.seed, asked.resume)
     texts = _texts(asked.eval_texts)
-    begin("loading the model")
-    source = adapters.EMBEDDED if model is None else model
-    chosen: dict[str, Any] = {"targets": recipe.targets, "ignore": recipe.ignore, "allow_changed": asked.allow_changed}
-    loaded = adapters.load(source, device=device, dtype=recipe.torch_dtype, **chosen)
+    loaded = _loaded(adapters.EMBEDDED if model is None else model, recipe, asked)
     settings = layer_settings(loaded, variants)
-    windows = {name: adapters.text_windows(text, loaded, asked.eval_window, name) for name, text in texts.items()}
-    evaluated = {name: each[: asked.eval_windows or None] for name, each in windows.items()}
-    tokens = Tokens(*adapters.recipe_windows(dataset, loaded, recipe), evaluated)
-    widest = max(operator.shape[1] for layer in loaded.layers for operator in layer.operators)
-    if (warning := shortage(tokens.calibration, widest)) is not None:
-        logger.warning(warning)
+    tokens = _tokens(loaded, recipe, asked, dataset, texts)
     card = _card(loaded, tokens, recipe) | {
         "model": "the bundled OPT" if model is None else Path(model).name,
         "dataset": str(dataset) if isinstance(dataset, str | Path) else given(dataset),
@@ -124,6 +116,23 @@ def compare(
         write_json(folder / RESULT, finite(result))
         (folder / "report.md").write_text(markdown(result, draw(result, folder) if drawing else []))
     return result
+
+
+def _loaded(source: str | Path, recipe: Recipe, asked: Compare) -> HuggingFaceModel:
+    begin("loading the model")
+    chosen: dict[str, Any] = {"targets": recipe.targets, "ignore": recipe.ignore, "allow_changed": asked.allow_changed}
+    return adapters.load(source, device=default_device(recipe.device), dtype=recipe.torch_dtype, **chosen)
+
+
+def _tokens(model: HuggingFaceModel, recipe: Recipe, asked: Compare, dataset: Any, texts: Mapping[str, str]) -> Tokens:
+    """Return the tokens to fit, to judge by and to evaluate on; warn if those to fit are few."""
+    windows = {name: adapters.text_windows(text, model, asked.eval_window, name) for name, text in texts.items()}
+    evaluated = {name: each[: asked.eval_windows or None] for name, each in windows.items()}
+    tokens = Tokens(*adapters.recipe_windows(dataset, model, recipe), evaluated)
+    widest = max(operator.shape[1] for layer in model.layers for operator in layer.operators)
+    if (warning := shortage(tokens.calibration, widest)) is not None:
+        logger.warning(warning)
+    return tokens
 
 
 @contextmanager

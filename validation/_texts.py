@@ -111,7 +111,7 @@ def require_tasks(names: Sequence[str], folder: Path | None) -> None:
             guess = f" Did you mean {', '.join(near)}?" if near else ""
             raise RecipeError(f"Unknown task {name!r}.{guess} `lm-eval ls tasks` lists all of them.")
     try:
-        getattr(manager, "load", manager.load_task_or_group)(list(names))  # with their data
+        (manager.load if hasattr(manager, "load") else manager.load_task_or_group)(list(names))  # with their data
     except Exception as cause:  # a task raises what it likes
         raise RecipeError(f"Tasks {', '.join(names)} cannot be loaded: {cause}") from cause
 
@@ -125,7 +125,7 @@ def evaluate_tasks(
     harness, models = import_module("lm_eval.evaluator"), import_module("lm_eval.models.huggingface")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it says of the model is not so: it is loaded already
     wrapped = models.HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=settings.pop("batch_size"))
-    with patch.multiple(harness, get_git_commit_hash=str, add_env_info=bool):  # they run git, pip and others
+    with patch.multiple(harness, create=True, get_git_commit_hash=str, add_env_info=bool):  # which run git and pip
         found = harness.simple_evaluate(
             model=wrapped, tasks=list(names), task_manager=_manager(names, folder), log_samples=False, **settings
         )

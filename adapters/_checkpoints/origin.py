@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -107,12 +107,15 @@ def cast_back(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
     named = dict(model.named_buffers(remove_duplicate=False)) if is_loaded else {}  # a cast makes new ones
     before = [(each, each.data.to("cpu")) for each in own if kept(each)]
     buffers = {name: buffer.to("cpu") for name, buffer in named.items() if kept(buffer)}
-    try:
-        yield
-    except BaseException:
+
+    def put_back() -> None:
         for tensor, values in (*before, *((model.get_buffer(name), values) for name, values in buffers.items())):
             tensor.data = values.to(tensor.device)
-        raise
+
+    with ExitStack() as failed:
+        failed.callback(put_back)
+        yield
+        failed.pop_all()
 
 
 class OriginalState:

@@ -97,7 +97,7 @@ class Sources:
 
     def _to_evaluate(self, model: HuggingFaceModel, window: int, recipe: Recipe) -> Tensor:
         if isinstance(self.evaluation, Tensor):
-            return adapters.to_predict(self.evaluation, model.model, model.name)
+            return self.evaluation
         if self.evaluation == "self":
             settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": recipe.seed}
             return adapters.calibration_and_held_out("self", model, split="evaluation", **settings)[0]

@@ -70,8 +70,9 @@ class InMemory(Request):
             pruned, report.narrowed = narrowed.model(loaded), narrowed.sizes(loaded)
             removed[_record_of_removal(self.recipe)] = narrowed.note()
         mark_sparse(pruned, report)
-        made = {"tokenizer": loaded.tokenizer, "output_dir": None, "_model": lambda: pruned, "_removed": removed}
-        return PruneResult(report=report, **made)
+        return PruneResult(
+            report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: pruned, _removed=removed
+        )
 
 
 logger = logging.getLogger(__name__)

@@ -65,18 +65,6 @@ def upload(
     return str(made)
 
 
-def write_result(result: "PruneResult", folder: Path) -> None:
-    result.model.save_pretrained(folder)
-    if result.tokenizer is not None:
-        result.tokenizer.save_pretrained(folder)
-    for name, note in result._removed.items():
-        write_json(folder / name, note)
-    write_recipe(make_recipe(**result.report.recipe), folder)
-    write_card(result.report, folder)
-    write_page(result.report, folder / PAGE)
-    write_text(folder / REPORT, result.report.to_json())
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Result:
     output_dir: Path | None
@@ -128,8 +116,19 @@ class PruneResult(Shown, _Result):
             raise OutputError(f"The result lies in {self.output_dir} already: copy that folder.")
         staging = Staging.of_new(folder)
         with working(staging.output), staging.whole() as place:
-            write_result(self, place)
+            self._write(place)
         return staging.output
+
+    def _write(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        for name, note in self._removed.items():
+            write_json(folder / name, note)
+        write_recipe(make_recipe(**self.report.recipe), folder)
+        write_card(self.report, folder)
+        write_page(self.report, folder / PAGE)
+        write_text(folder / REPORT, self.report.to_json())
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **commit: Any
@@ -159,7 +158,7 @@ class PruneResult(Shown, _Result):
             return upload(self.output_dir, self.report, repo_id, kept=kept, **options)
         check_hub(repo_id, token)
         with TemporaryDirectory() as folder:
-            write_result(self, Path(folder))
+            self._write(Path(folder))
             return upload(Path(folder), self.report, repo_id, kept="the result is in memory, as it was.", **options)
 
 

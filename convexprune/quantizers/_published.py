@@ -18,8 +18,7 @@ from convexprune.quantizers._passes import Sweep, minimizer
 class Nearest(AbstractQuantizer):
     """Every kept value goes to the nearest point of its grid, whose scale has the least squared error of a few.
 
-    It knows no inputs. Of a pruner's `rtn` in the literature the scale is often the largest weight over the largest
-    code.
+    It knows no inputs. In the literature the scale of `rtn` is often the largest weight over the largest code.
     """
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
