@@ -127,8 +127,9 @@ def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Scales:
     """Return the scales of least error for given codes, where the residual is K, rounded as a file has them.
 
     Of row i, with C_g the row's codes of group g and zero elsewhere, q is a quadratic of its scales s: its Gram matrix
-    is C_g H C_h', and its residual K C_g'. Offsets have -1 in place of the codes. Scales that are multiples of units
-    then descend: each becomes the best multiple while all others stay.
+    is C_g H C_h', and its residual K C_g'. Offsets have -1 in place of the codes. A row whose Gram matrix is indefinite
+    by rounding keeps its scales. Scales that are multiples of units then descend: each becomes the best multiple while
+    all others stay.
     """
     start, grid = found.scales, found.grid
     count, kinds = start.step.shape[1], 1 if start.offset is None else 2
