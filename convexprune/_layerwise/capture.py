@@ -232,6 +232,24 @@ def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch:
     return seen
 
 
+def inputs_by_sample(
+    layer: DecoderLayer, stage: Sequence[Group], calls: Calls, batch: Tensor, replayed: Mapping[CachedSubmodule, Tensor]
+) -> dict[Group, Tensor | list[Tensor]]:
+    """Run the layer up to a stage: inputs [samples tokens n], of experts a list with the tokens [tokens n] of a sample.
+
+    With experts samples run one by one: inside, a routed token does not say whose it is.
+    """
+    if all(group.token_aligned for group in stage):
+        with replaying(replayed):
+            return {**stage_inputs(layer, stage, calls(batch), batch)}
+    seen: dict[Group, list[Tensor]] = {group: [] for group in stage}
+    for i, sample in enumerate(batch.split(1)):
+        with replaying({cached_submodule: x[i : i + 1] for cached_submodule, x in replayed.items()}):
+            for group, x in stage_inputs(layer, stage, calls(sample), sample).items():
+                seen[group].append(x[0])
+    return {group: torch.stack(each) if group.token_aligned else each for group, each in seen.items()}
+
+
 class Reached(Exception):
     """Ends a forward pass."""
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from convexprune._device.precision import summing_in
-from convexprune._layerwise.capture import Observed, Recorded, put_away, replaying, split_last_branch, stage_inputs
+from convexprune._layerwise.capture import Observed, Recorded, inputs_by_sample, put_away, replaying, split_last_branch
 from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._layerwise.settings import LayerSettings
@@ -158,14 +159,14 @@ def _gather(
     with summing_in(settings.gram_precision):
         for i, batch in enumerate(batches):
             held_out = i >= len(batches) - context.held_out
-            seen = {group: x[i].to(batch.device) for group, x in known.items()}
-            output = None
-            with replaying({observed.cached[g]: inputs[g][i].to(batch.device) for g in before}):
-                if lacking.is_last_branch(part):
+            seen: dict[Group, Any] = {group: x[i].to(batch.device) for group, x in known.items()}
+            replayed, output = {observed.cached[g]: inputs[g][i].to(batch.device) for g in before}, None
+            if lacking.is_last_branch(part):
+                with replaying(replayed):
                     last = split_last_branch(layer, part[0], calls(batch), batch)
-                    seen, output = {part[0]: last.x}, last.output
-                else:
-                    seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
+                seen, output = {part[0]: last.x}, last.output
+            elif asked := [group for group in watched if group not in seen]:
+                seen |= inputs_by_sample(layer, asked, calls, batch, replayed)
             for group, x in seen.items():
                 if group in by_group:
                     counted, d = lacking.of(group, i, x, output)

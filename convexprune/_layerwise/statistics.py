@@ -1,6 +1,6 @@
 """The moments of an input in three disjoint parts: two halves that fit, and a part that judges."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -46,26 +46,26 @@ class CalibrationStatistics:
     def bytes(width: int) -> int:
         return 3 * 4 * width * width
 
-    def add(self, x: Tensor, lacking: Tensor | None, held_out: bool) -> None:
-        """Count inputs x* [samples tokens n] and errors, each sample in the half with fewer tokens; short ones wait."""
+    def add(self, x: Tensor | Sequence[Tensor], lacking: Tensor | None, held_out: bool) -> None:
+        """Count inputs x* [tokens n] and errors by sample, each in the half with fewer tokens; short ones wait."""
         for i in range(len(x)):
             half = int(self._dealt[0] > self._dealt[1])
             waiting = self._waiting[HELD_OUT if held_out else half]
             if not held_out:
-                self._dealt[half] += x.shape[1]
-            weights = None if held_out else self._next_weights(x)
+                self._dealt[half] += len(x[i])
+            weights = None if held_out else self._next_weights(x[i].device)
             counted = x[i], None if lacking is None else lacking[i], weights
-            if x.shape[1] < FEW:  # else the batch would stay in memory with them
+            if len(x[i]) < FEW:  # else the batch would stay in memory with them
                 counted = counted[0].clone(), None if counted[1] is None else counted[1].clone(), weights
             waiting.append(counted)
             if sum(len(tokens) for tokens, *_ in waiting) >= FEW:
                 self._count(HELD_OUT if held_out else half)
 
-    def _next_weights(self, x: Tensor) -> Tensor | None:
+    def _next_weights(self, device: torch.device) -> Tensor | None:
         if self._weights is None:
             return None
         self._windows += 1
-        return self._weights[self._windows - 1].to(x.device)
+        return self._weights[self._windows - 1].to(device)
 
     def _count(self, part: int) -> None:
         if not (waiting := self._waiting[part]):

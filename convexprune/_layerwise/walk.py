@@ -13,10 +13,10 @@ from convexprune._layerwise.store import AbstractStore, MemoryStore
 
 
 class LayerCalls:
-    """The calls of decoder layers of a `model`, for batches of every shape among `windows` of token ids."""
+    """The calls of decoder layers of a `model`, for batches of each shape among `windows` of token ids, and samples."""
 
     def __init__(self, model: AbstractModel, windows: Sequence[Tensor]) -> None:
-        batches = {batch.shape: batch for batch in windows}
+        batches = {each.shape: each for batch in windows for each in (batch[:1], batch)}
         self._by_shape = {shape: model.calls(batch) for shape, batch in batches.items()}
 
     def of(self, number: int) -> Calls:

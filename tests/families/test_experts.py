@@ -117,6 +117,23 @@ def test_experts_are_pruned_alike_however_many_have_room(monkeypatch: pytest.Mon
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+@pytest.mark.parametrize("family", MOE)
+def test_experts_fit_and_judge_the_same_tokens_in_batches_of_any_size(family: str):
+    """The samples of a batch fall into halves one by one: a single batch had no second half, so no damping by noise."""
+    found = []
+    for batch_size in (1, 2, 4):
+        settings = SMALL | {"batch_size": batch_size, "targets": [r"re:.*\.experts"]}
+        model = build_family(family)
+        report = convexprune.prune(model, **settings).report
+        first = [o for o in report.operators if o.inputs == model.config.hidden_size]  # others see rounded masks
+        found.append([(o.tokens, o.damping.levelling, o.damping.ridge) for o in first])
+    assert any(levelling for _, levelling, _ in found[0])
+    for others in found[1:]:
+        for (tokens, *damping), (same, *expected) in zip(others, found[0], strict=True):
+            assert tokens == same
+            assert damping == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_experts_on_disk_are_as_the_checkpoint_had_them(tmp_path: Path):
     for family, names in {
         "mixtral": ["model.layers.0.block_sparse_moe.experts.3.w1.weight"],

@@ -76,7 +76,7 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
     """The moments a pruner gets for `o_proj` are those of the layer with q, k, v pruned against the dense layer."""
     import copy
 
-    from convexprune._layerwise import pipeline, stages
+    from convexprune._layerwise import capture, pipeline
 
     seen = {}
 
@@ -94,9 +94,9 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
     first_call = dense.calls(TOKENS[:1])[0]
     hidden = [first_call(dense.layers[0].module, h) for h in hidden]
     (group,) = layer.stages[1]
-    x = torch.cat([stages.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
+    x = torch.cat([capture.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
     layer.operators[0].write(layer.operators[0].read() / 2)
-    y = torch.cat([stages.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
+    y = torch.cat([capture.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
     moments = seen["self_attn.o_proj"]
     torch.testing.assert_close(moments.gram, y.T @ y / len(y))
     torch.testing.assert_close(moments.cross, (x - y).T @ y / len(y), atol=1e-6, rtol=1e-4)
