@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from convexprune import adapters
 from convexprune._container.layouts import imported
@@ -226,6 +227,10 @@ def _copies(call: Call) -> Path | None:
     if call.output_dir is not None and len({f.expanduser().resolve() for f in (call.report_dir, call.output_dir)}) == 1:
         return None
     folder = output_folder(call.report_dir, is_staged=False)
+    if os.path.lexists(folder / CONFIG_NAME):
+        raise OutputError(
+            f"{folder} holds a model, and reports of others would damage it. Give another report_dir (--save)."
+        )
     for name, read in {
         REPORT: lambda: RunFolder(folder).report(),
         RECIPE: lambda: read_recipe(folder / RECIPE),

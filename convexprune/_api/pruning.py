@@ -87,8 +87,6 @@ class InFolder(Request):
 
     def run(self) -> PruneResult:
         self.folder.check(self.call.resume or self.executor.rank is not None)
-        if self.call.overwrite and not self.call.resume:
-            self.folder.restart()
         if self.folder.is_finished and not self.executor.rank:
             self._check_finished()
         begin("loading the model")
@@ -142,6 +140,8 @@ class InFolder(Request):
         report = self._report(loaded, windows)
         report.environment["folder"] = str(folder.folder.absolute())
         report.identity = self._identity(windows, report)
+        if self.call.overwrite and not self.call.resume:
+            folder.restart()
         with folder.opened(report.identity, self.sources.sampled(windows), self.executor.rank):
             written = not folder.is_finished and self._finish(loaded, windows, report)
         in_place = not loaded.streams and self.removal is None

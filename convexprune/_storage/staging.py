@@ -33,12 +33,12 @@ def output_folder(given: str | Path, source: Any = None, *, is_staged: bool = Tr
             folder = followed(folder)
         if model is not None and model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
             raise OutputError(f"{folder} lies inside of the model's own folder, {model}. Give another output folder.")
+        if is_staged:
+            _require_movable(folder)
         places = (folder.absolute(), *folder.absolute().parents)
         there = next(path for path in places[is_staged:] if path.exists())
         if not there.is_dir():
             raise OutputError(f"{folder} cannot be made: {there} is a file. Give another output folder.")
-        if is_staged:
-            _require_movable(folder)
         try:
             os.rmdir(mkdtemp(dir=there, prefix=".", suffix=".part"))
         except OSError as cause:

@@ -230,6 +230,12 @@ def test_where_no_folder_can_be_put_is_said_before_any_work(
     assert "resume" not in str(error.value) and not any(out.iterdir()) and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("command", ["pack", "unpack", "export", "permute", "prune", "compare"])
+def test_nothing_is_put_in_the_place_of_the_root(command: str, sources: Path):
+    with pytest.raises(OutputError, match=r"^/ is a mount point.*/NAME say"):
+        COMMANDS[command](sources, Path("/"))
+
+
 def _refuse(**_: object) -> str:
     raise PermissionError(13, "Permission denied")
 

@@ -88,6 +88,28 @@ def test_a_folder_that_is_no_run_is_not_touched(build, tmp_path: Path):
     assert (tmp_path / "out" / "work").is_dir()
 
 
+@pytest.mark.parametrize("wrong", [{"targets": ["nothing"]}, {"num_calibration_samples": 9999}, {"model": "nowhere"}])
+def test_an_unfinished_run_is_dropped_only_by_a_run_that_begins(
+    build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convexprune.prune(build("llama"), **GIVEN, output_dir=out)
+    before = files(place_of(out))
+    with pytest.raises(errors.ConvexpruneError):
+        convexprune.prune(**{"model": build("llama"), **GIVEN, **wrong}, output_dir=out, overwrite=True)
+    assert files(place_of(out)) == before
+
+
+def test_copies_of_a_report_do_not_go_into_the_folder_of_a_model(build, done: Path, tmp_path: Path):
+    before = files(done)
+    with pytest.raises(errors.OutputError, match=r"holds a model.*report_dir \(--save\)"):
+        convexprune.prune(build("llama"), **GIVEN, output_dir=tmp_path / "new", report_dir=done, overwrite=True)
+    assert files(done) == before
+
+
 @pytest.mark.parametrize("where", [(FolderStore, "require_whole"), (RunFolder, "finish")])
 def test_a_run_that_fails_leaves_the_old_one_and_can_be_resumed(
     build, done: Path, where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
