@@ -170,8 +170,8 @@ def _tokenise(documents: Documents, model: HuggingFaceModel) -> Tensor:
     """Return all ids [tokens] of a text, begun as the tokenizer begins any text; of conversations as their template."""
     if model.tokenizer is None:
         raise CalibrationError(
-            f"{model.name} has no tokenizer, so it reads no text. Put its files into the folder, or give tokenizer= "
-            "(in Python), or token ids to calibrate on."
+            f"{model.name} came without a tokenizer, so it reads no text. Give tokenizer= (in Python), put the "
+            "tokenizer's files into the model's folder, or give token ids."
         )
     text, special = documents.text(model.tokenizer)
     begin(f"reading {len(text):,} characters of text")

@@ -159,7 +159,7 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
     if folder.is_dir() and "gguf_file" not in place:
         with suppress(model_folder.NotStreamable):
             _refuse_codes(folder, empty_model(source, config, place))
-    options = place | {"dtype": dtype or "auto", "output_loading_info": True}
+    options = place | {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     if "gguf_file" not in place:
         # With pickles allowed, safetensors are still preferred where both are there.
         options["use_safetensors"] = None if allow_pickle else True
@@ -167,6 +167,11 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
         # Releases before this class always unpack a GGUF file; later ones only if there is no kernel for its blocks.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = ask(source, lambda: reader.from_pretrained(**options))
+    for name, stored, expected in sorted(info["mismatched_keys"])[:1]:
+        raise ModelError(
+            f"{source}: {name} is {list(stored)} in the checkpoint; by its config.json it should be {list(expected)}. "
+            "Copy or download it again, or correct its config.json."
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(

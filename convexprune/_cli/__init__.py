@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.text import Text
 
+from convexprune import errors
 from convexprune._cli import folders, measuring, pruning  # each file adds its commands to the application
 from convexprune._cli.application import app, listening, status
 from convexprune.errors import ConvexpruneError
@@ -23,7 +24,8 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         sys.exit(status(stop))
     except ConvexpruneError as error:
-        message = Text.assemble((type(error).__name__, "bold red"), f": {error}")
+        name = next(known.__name__ for known in type(error).mro() if known.__name__ in vars(errors))
+        message = Text.assemble((name, "bold red"), f": {error}")
         Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
 

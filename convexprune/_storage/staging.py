@@ -28,6 +28,8 @@ def output_folder(given: str | Path, source: Any = None, *, is_staged: bool = Tr
         model = Path(source).expanduser() if isinstance(source, str | Path) else None
     except RuntimeError as cause:
         raise OutputError(f"{given}: {cause} Write the folder without '~'.") from cause
+    except TypeError as cause:
+        raise OutputError(f"{given!r} is no path. Give the name of an output folder.") from cause
     with writing(folder):
         if folder.is_symlink() or folder.name in ("", ".."):
             folder = followed(folder)

@@ -64,6 +64,14 @@ def test_tensors_that_the_checkpoint_lacks_are_not_made_up(folder, refused):
         load(folder, device="cpu")
 
 
+def test_a_tensor_of_another_shape_is_named(folder, refused):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.decoder.layers.0.fc1.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with refused("a tensor of another shape", r"layers\.0\.fc1\.weight is \[3, 3\].*should be \[\d+, \d+\]"):
+        load(folder, device="cpu")
+
+
 def test_pickles_are_read_only_when_they_are_trusted(folder, refused):
     tensors = load_file(folder / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin")

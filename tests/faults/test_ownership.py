@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune import _cli as cli
 from convexprune._storage.files import write_notes
-from convexprune._storage.staging import MARKER, Staging
+from convexprune._storage.staging import MARKER, Staging, output_folder
 from convexprune.errors import ConvexpruneError, OutputError
 
 QUICK: dict[str, Any] = SETTINGS | {"method": "magnitude"}
@@ -234,6 +234,11 @@ def test_where_no_folder_can_be_put_is_said_before_any_work(
 def test_nothing_is_put_in_the_place_of_the_root(command: str, sources: Path):
     with pytest.raises(OutputError, match=r"^/ is a mount point.*/NAME say"):
         COMMANDS[command](sources, Path("/"))
+
+
+def test_an_output_that_is_no_path_is_refused():
+    with pytest.raises(OutputError, match="5 is no path"):
+        output_folder(5)  # pyright: ignore[reportArgumentType]
 
 
 def _refuse(**_: object) -> str:

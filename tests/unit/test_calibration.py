@@ -183,7 +183,7 @@ def test_a_bad_line_is_named(tiny_opt, tmp_path, line, message):
 
 
 def test_text_needs_a_tokenizer(build):
-    with pytest.raises(CalibrationError, match="has no tokenizer"):
+    with pytest.raises(CalibrationError, match="came without a tokenizer"):
         calibrate([PROSE], HuggingFaceModel(build("opt")))
 
 

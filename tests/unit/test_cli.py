@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._cli import application
+from convexprune._storage.failures import writing
 from convexprune.adapters import TESTED, HuggingFaceModel
 from convexprune.pruners import PRUNERS
 from convexprune.recipe import PRESETS
@@ -77,6 +79,17 @@ def test_an_error_is_one_message_and_status_two(folder: Path, monkeypatch, capsy
         cli.main()
     assert stopped.value.code == 2
     assert "RecipeError: Unknown method 'wando'. Did you mean 'wanda'?" in capsys.readouterr().err
+
+
+def test_errors_have_names_that_python_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    def full(*_: Any) -> None:
+        with writing(tmp_path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "_run", full)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.startswith(f"OutputError: {tmp_path} cannot be written")
 
 
 def test_a_current_folder_that_was_removed_is_one_message(tmp_path: Path):
