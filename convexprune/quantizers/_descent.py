@@ -137,17 +137,30 @@ def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Scales:
     for rows in torch.arange(len(residual), device=gram.device).split(max(1, ROOM // (kinds * count) ** 2)):
         part = found.rows(rows)
         codes, begin = part.codes.unflatten(1, (count, group)), part.scales
-        units = [codes] if start.offset is None else [codes, torch.full_like(codes, -1)]
-        slope = torch.cat([(residual[rows].view_as(codes) * unit).sum(2) for unit in units], dim=1)
-        images = (u[:, g] @ gram[g * group : (g + 1) * group] for u in units for g in range(count))
-        seen = ([(image.view_as(codes) * unit).sum(2) for unit in units] for image in images)
-        square = torch.stack([torch.cat(each, dim=1) for each in seen], dim=1)
+        rest = residual[rows].view_as(codes)
+        slope = torch.cat([(rest * codes).sum(2), -rest.sum(2)][:kinds], dim=1)
+        square = _gram_of_scales(codes, gram, kinds)
         square.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE).add_(torch.finfo(square.dtype).tiny)
         factor, failed = torch.linalg.cholesky_ex(square)  # LU of many fails with threads (pytorch/pytorch#142815)
         change = torch.cholesky_solve(slope[:, :, None], factor)[:, :, 0]
         best = grid.rounded(begin.with_flat(begin.flat + torch.where(failed[:, None] > 0, 0.0, change)))
         parts.append(grid.settled(best, square, slope - _times(square, best.flat - begin.flat)))
     return Scales.cat(parts)
+
+
+def _gram_of_scales(codes: Tensor, gram: Tensor, kinds: int) -> Tensor:
+    """Return the matrices C_g H C_h' [m k k] of the codes [m groups width] of rows, and with two kinds of offsets."""
+    rows, count, group = codes.shape
+    square = codes.new_empty(rows, kinds * count, kinds * count)
+    for g in range(count):  # symmetric: from the diagonal on
+        image = codes[:, g] @ gram[g * group : (g + 1) * group, g * group :]
+        square[:, g, g:count] = square[:, g:count, g] = (image.view(rows, -1, group) * codes[:, g:]).sum(2)
+    if kinds > 1:  # offsets are the same in all rows
+        sums = gram.view(count, group, count, group).sum(1)
+        square[:, count:, count:] = sums.sum(2)
+        across = -(codes.transpose(0, 1) @ sums.permute(1, 2, 0)).permute(1, 2, 0)
+        square[:, count:, :count], square[:, :count, count:] = across, across.mT
+    return square
 
 
 def _times(square: Tensor, change: Tensor) -> Tensor:

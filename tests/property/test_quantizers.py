@@ -18,7 +18,7 @@ from convexprune.constraints._scales import Scales, spread
 from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import damped
 from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest
-from convexprune.quantizers._descent import fitted_scales
+from convexprune.quantizers._descent import _gram_of_scales, fitted_scales
 from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 
 GRID, HALF = Grid(4, 32), Unstructured(0.5)
@@ -147,6 +147,15 @@ def test_the_scales_are_those_of_least_squares_for_each_row(seed: int):
         columns = torch.block_diag(*found.codes[row].view(-1, 1, 32))
         best = torch.linalg.lstsq((columns @ root).T, target[row] @ root).solution
         torch.testing.assert_close(scales[row], best, rtol=2**-7, atol=0)
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 4), st.sampled_from([1, 2]))
+def test_the_gram_matrices_of_scales_are_those_of_columns_of_codes(seed: int, count: int, group: int, kinds: int):
+    codes = random(seed, 3 * count, group).view(3, count, group)
+    gram = random(seed + 1, 9, count * group).T @ random(seed + 1, 9, count * group)
+    for of_row, row in zip(_gram_of_scales(codes, gram, kinds), codes, strict=True):
+        columns = torch.cat([torch.block_diag(*each[:, None]) for each in (row, -torch.ones_like(row))[:kinds]])
+        torch.testing.assert_close(of_row, columns @ gram @ columns.T)
 
 
 def test_scales_of_rows_with_many_groups_are_fitted_by_several_threads():
