@@ -17,7 +17,6 @@ from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.steps.survey import needs
 from convexprune._runs import cost, sizes
 from convexprune._runs.sizes import LayerSize, ModelSize, Stack
-from convexprune._storage.files import named
 from convexprune.errors import ModelError
 from convexprune.pruners import AbstractPruner, Cost, SparseGPT
 from convexprune.quantizers import QUANTIZERS
@@ -31,6 +30,7 @@ from .._data.calibration import DEFAULT_LENGTH
 from .._discovery.experts import FusedExperts, fused_parameters
 from .._discovery.family import decoder_layers
 from .._huggingface import HuggingFaceModel
+from .._loading.loading import path_of
 from .._types import ends
 
 ADDED = torch.ops.aten.addmm.default
@@ -139,7 +139,7 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
 
 
 def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
-    path = named(source)
+    path = path_of(source)
     if path.is_dir():
         check_folder(path, allow_pickle=True)
     if not path.exists() and (isinstance(source, Path) or str(source).count("/") > 1 or str(source)[0] in "./~"):

@@ -132,11 +132,15 @@ def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str 
     return model
 
 
+def path_of(source: str | Path) -> Path:
+    """Return the path of a model, the bundled one's for its name; nothing is at the path of a name on the hub."""
+    path = named(source)
+    return EMBEDDED if str(source) == BUNDLED and not path.exists() else path
+
+
 def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
     """Return the place for transformers: a checked folder, a file inside, or a name on the hub."""
-    path = named(source)
-    if str(source) == BUNDLED and not path.exists():
-        path = EMBEDDED
+    path = path_of(source)
     if path.is_file() and path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():

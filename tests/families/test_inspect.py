@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from convexprune import _cli as cli
 from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._runs.cost import Speed
-from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
+from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, load
 from convexprune.adapters._discovery.experts import fused_parameters
 from convexprune.adapters._inspection import inspection
 from convexprune.adapters._inspection.inspection import TRIALS, inspect
@@ -88,6 +88,8 @@ def test_the_bundled_model_is_as_when_it_is_loaded():
     assert found.size.bytes == sum(p.nbytes for p in model.model.parameters())
     assert found.recipe["max_seq_length"] == model.max_positions
     assert found.fits and not list(found.verdict())
+    named = inspect(BUNDLED, sparsity=0.5)
+    assert (named.model, named.size, named.memory) == (BUNDLED, found.size, found.memory)
 
 
 def test_llama_2_70b_is_answered_quickly_and_without_its_weights(llama_70b: Path):
