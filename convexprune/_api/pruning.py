@@ -119,11 +119,12 @@ class InFolder(Request):
 
     def _say_forecast(self) -> None:
         """Say what a run for an intention, or for a size, takes, and what is known of its quality."""
-        preset, size = self.recipe.preset, self.size
+        recipe, preset, size = self.recipe, self.recipe.preset, self.size
         if (preset is None and size is None) or self.executor.rank:
             return
         begin(f"{FORECAST}{self._inspection().forecast}")
-        if preset is not None and PRESETS[preset].cost and self.recipe.sparsity != 0:
+        measured = recipe.pattern == "unstructured" and recipe.sparsity != 0 and recipe.quantize is recipe.bits is None
+        if preset is not None and PRESETS[preset].cost and measured:
             begin(f"{FORECAST}preset {preset}, measured: {PRESETS[preset].cost}")
         if size is not None:
             begin(f"{FORECAST}{measured_near(8 * self.target / size.weights)}")

@@ -57,8 +57,10 @@ def require_preset(name: str | None, settings: Mapping[str, Any]) -> None:
 
 
 def deviations(name: str | None, settings: Mapping[str, Any]) -> str | None:
-    """Say which settings are not those of a preset, because they were given."""
+    """Say which settings are not those of a preset, because they were given; or that it has none for such a run."""
     preset = PRESETS.get(name or "balanced", Preset())
     intended = preset.settings(settings, settings["sparsity"] != 0, settings["quantize"] is not None)
+    if name == "best" and not intended:
+        return "preset='best' changes nothing here: it is for zeros that are unstructured or N:M, and for quantize."
     others = [f"{n}={settings[n]!r}, not {value!r}" for n, value in intended.items() if settings[n] != value]
     return f"preset={name!r} with settings that were given: {'; '.join(others)}." if others else None

@@ -187,9 +187,10 @@ class MethodSettings(Settings):
     )
     preset: str | None = setting(
         None,
-        "Settings for an intention, where others are left out. best: prefix pruned, allocation half-curve if "
-        "unstructured; with quantize token_weights loss. balanced: the defaults. fast: a quarter of the samples, no "
-        "bounds; zeros by sparsegpt, codes without a beam. fistapruner: as published (arXiv 2408.03728).",
+        "Settings for an intention, where others are left out. best: prefix pruned for unstructured, N:M and quantize, "
+        "allocation half-curve for unstructured, token_weights loss for quantize. balanced: the defaults. fast: a "
+        "quarter of the samples, no bounds; sparsegpt for unstructured and N:M, no beam for quantize. fistapruner: as "
+        "published (arXiv 2408.03728).",
         choices=("best", "balanced", "fast", "fistapruner"),
         first=True,
     )

@@ -19,6 +19,7 @@ from convexprune.recipe import make_recipe
         ({"preset": "best"}, {"prefix": "pruned", "allocation": "half-curve"}),  # the bold column of README
         ({"preset": "best", "pattern": "2:4"}, {"pattern": "2:4", "prefix": "pruned"}),
         ({"preset": "best", "pattern": "channels"}, {"pattern": "channels"}),
+        ({"preset": "best", "bits": 3.3, "sparsity": 0}, {"bits": 3.3, "sparsity": 0}),
         ({"preset": "best", "target": "1GB"}, {"target": "1GB", "token_weights": "loss", "prefix": "pruned"}),
         ({"preset": "balanced"}, {}),
         ({"preset": "fast"}, {"method": "sparsegpt", "num_calibration_samples": 32, "bound_rows": 0}),
@@ -44,7 +45,9 @@ def test_a_preset_is_a_few_settings_and_what_is_given_counts(asked: dict[str, An
     recipe = make_recipe(**asked)
     assert recipe.model_dump() == make_recipe(**same).model_dump() | {"preset": asked["preset"]}
     assert make_recipe(**recipe.model_dump()) == recipe and make_recipe(**recipe.chosen) == recipe
-    assert (recipe.deviations is not None) == ("method" in asked)
+    said = recipe.deviations or ""
+    assert ("settings that were given" in said) == ("method" in asked)
+    assert ("changes nothing here" in said) == (asked["preset"] == "best" and asked.keys() - {"preset"} == same.keys())
 
 
 @pytest.mark.parametrize("quantize", ["gguf", "compressed-tensors"])
@@ -69,6 +72,10 @@ def test_a_run_says_what_it_takes_and_what_it_leaves_of_the_preset(tmp_path: Pat
     assert "s on cpu" in said[0] and "of memory" in said[0] and "29.3 in place of 30.8" in said[1]
     assert phases.index(said[0]) < phases.index("reading the weights")
     assert report.recipe["preset"] == "best" and report.recipe["prefix"] == "pruned"
+    phases.clear()
+    settings |= {"preset": "balanced", "bits": 3}
+    convexprune.prune(source, output_dir=tmp_path / "bits", on_progress=lambda e: phases.append(e.phase), **settings)
+    assert not any("measured: " in phase for phase in phases)
     settings = RUN | {"target": "2MB", "sparsity": None, "preset": "fast", "num_calibration_samples": 4}
     phases.clear()
     report = convexprune.prune(
