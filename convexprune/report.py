@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -237,8 +238,14 @@ class Report:
 
     @staticmethod
     def json_schema() -> dict[str, Any]:
-        """Return the JSON Schema of `report.json`, but for its checksum and the values that follow from others."""
-        return _whole_reader().json_schema()
+        """Return the JSON Schema of `report.json`."""
+        schema = _whole_reader().json_schema(schema_generator=_Schema)
+        for name in DERIVED:
+            getter = getattr(Report, name).fget
+            of_type = TypeAdapter(getter.__annotations__["return"]).json_schema()
+            schema["properties"][name] = of_type | {"description": getter.__doc__}
+        schema["properties"]["checksum"] = {"type": "string", "description": "sha256 of all else."}
+        return schema
 
     def table(self) -> Table:
         """Return a table for a terminal, a line for an operator."""
@@ -261,6 +268,12 @@ class Report:
                 f"{o.seconds:.1f}",
             )
         return table
+
+
+class _Schema(GenerateJsonSchema):
+    def float_schema(self, schema: Any) -> dict[str, Any]:
+        """A number, or the text of one that is not finite."""
+        return {"anyOf": [super().float_schema(schema), {"enum": ["inf", "-inf", "nan"]}]}
 
 
 def finite(value: Any) -> Any:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import convexprune
 from convexprune.errors import OutputError
+from convexprune.report import DERIVED
 
 
 def test_a_result_in_memory_shows_its_facts_and_is_saved_as_a_run_is(build, tokenizer, tmp_path: Path):
@@ -40,7 +41,14 @@ def test_a_saved_result_has_the_record_of_what_was_removed_and_no_command_that_f
         convexprune.verify(saved, dataset=SETTINGS["dataset"], model=str(saved))
 
 
-def test_recipe_and_report_have_schemas():
-    recipe, report = convexprune.Recipe.model_json_schema(), convexprune.Report.json_schema()
-    assert recipe["properties"]["sparsity"] and report["properties"]["operators"]["items"]
-    json.dumps([recipe, report])
+def test_recipe_and_report_have_schemas_that_know_all_that_is_written(build, tokenizer):
+    recipe, schema = convexprune.Recipe.model_json_schema(), convexprune.Report.json_schema()
+    report = convexprune.prune(build("llama"), tokenizer=tokenizer, **SETTINGS).report
+    written = json.loads(report.to_json())
+    assert recipe["properties"].keys() == report.recipe.keys() and schema["properties"].keys() == written.keys()
+    assert schema["$defs"]["OperatorReport"]["properties"].keys() == written["operators"][0].keys()
+    assert all(schema["properties"][name]["description"] for name in (*DERIVED, "checksum"))
+    report.operators[0].facts["growth"] = float("inf")
+    number = schema["$defs"]["OperatorReport"]["properties"]["facts"]["additionalProperties"]
+    assert json.loads(report.to_json())["operators"][0]["facts"]["growth"] in str(number)
+    json.dumps([recipe, schema])
