@@ -21,7 +21,7 @@ from convexprune._layerwise.statistics import CalibrationStatistics
 
 # Who does what; none of them calls another.
 PHASES: dict[str, list[tuple[Any, str]]] = {
-    "forward": [(context, "observe"), (stages, "stage_inputs")],
+    "forward": [(context, "observe"), (stages, "inputs_by_sample")],
     "Gram": [(CalibrationStatistics, "add")],
     "solve": [(pipeline, "run_steps")],
     "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (adapters, "save_from_store")],
