@@ -40,7 +40,8 @@ class OperatorReport:
         zeros: number of zero weights.
         expected_zeros: requested number of zeros.
         pattern: requested pattern.
-        relative_error: mean |V x* - target|^2 over mean |W x|^2 on the calibration tokens.
+        relative_error: mean |V x* - target|^2 over mean |W x|^2 on the calibration tokens; over mean |W x*|^2 with
+            `error_correction=0` and for experts, where nothing of x is kept.
         held_out_error: the relative error on tokens that no method saw; None without such tokens.
         gap: relative duality gap of the last solve (the refit); None without a convex solve.
         largest_gap: largest gap of all certified solves. The path that chooses the support stops early on purpose.

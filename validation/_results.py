@@ -22,12 +22,13 @@ NAMES = ("method", "sparsity", "convention")
 
 CAPTION = """\
 Errors are mean |V x* - target|^2 over mean |W x|^2, each under its own convention's target: compare them within a
-convention. *held-out* is on tokens that no method saw. *layer output* compares decoder layers fed with the dense hidden
-states, median over held-out tokens of |y* - y|^2 / |y - x|^2: comparable everywhere. *products* [m n] x [n n] are the
-mean over the groups of operators that share an input. *solve* are the seconds of the method itself; *all* has its
-passes through the layer too. *gap* is the largest relative duality gap of a last solve. *more* is the most memory that
-was held while the variant pruned, beyond what was held before. *tasks* is the mean accuracy (acc) over those that have
-one; `compare.json` has the scores of each, with standard errors."""
+convention. Without error correction, and for experts, they are over mean |W x*|^2. *held-out* is on tokens that no
+method saw. *layer output* compares decoder layers fed with the dense hidden states, median over held-out tokens of |y*
+- y|^2 / |y - x|^2: comparable everywhere. *products* [m n] x [n n] are the mean over the groups of operators that share
+an input. *solve* are the seconds of the method itself; *all* has its passes through the layer too. *gap* is the largest
+relative duality gap of a last solve. *more* is the most memory that was held while the variant pruned, beyond what was
+held before. *tasks* is the mean accuracy (acc) over those that have one; `compare.json` has the scores of each, with
+standard errors."""
 
 
 def make_row(variant: Variant, record: Mapping[str, Any], texts: Mapping[str, Mapping[str, Likelihood]]) -> Row:

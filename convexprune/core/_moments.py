@@ -136,7 +136,7 @@ class Moments:
 
     @property
     def gram(self) -> Tensor:
-        """Mean of x* x*' [n n] over one token or more; SparseGPT and GPTQ call twice this matrix the Hessian."""
+        """Mean of x* x*' [n n] over one token or more; SparseGPT and GPTQ call a multiple of it the Hessian."""
         self._require_tokens()
         return from_upper(self.sum / self.tokens)
 
@@ -159,6 +159,8 @@ class Moments:
 
     def energy(self, weight: Tensor, gram: Tensor | None = None) -> Tensor:
         """Return mean |W x|^2 by row [m], or with errors of outputs mean |W x* + d|^2: the unit of relative errors.
+
+        Without errors x is not known, and x* takes its place: so with `error_correction=0`, and for experts.
 
         Args:
             weight: W [m n].
