@@ -178,11 +178,14 @@ class _Parts:
         return slope, np.asarray(expression.value, dtype=float).ravel(order="F")
 
     def _entries(self, expression: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return the numbers and the factors of the entries that an expression consists of."""
+        """Return the numbers and the factors of the entries that an expression consists of; a factor 0 has number 0."""
         slope, constant = self._affine(expression)
-        if constant.any() or (np.diff(slope.indptr) != 1).any():
+        counts = np.diff(slope.indptr)
+        if constant.any() or (counts > 1).any():
             raise _refusal(f"a penalty of {type(expression).__name__}, not of entries of the variable")
-        return slope.indices, abs(slope.data)
+        entries, sizes = np.zeros_like(counts), np.zeros(len(counts))
+        entries[counts == 1], sizes[counts == 1] = slope.indices, abs(slope.data)
+        return entries, sizes
 
     def _square(self, slope: sp.csc_array, constant: np.ndarray, factor: np.ndarray) -> None:
         weights = 2 * np.broadcast_to(factor, constant.shape)
