@@ -118,7 +118,8 @@ def _table_of_permutation(done: "Permutation") -> Table:
 def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Predict the work of pruning a model, from its config alone. Shows operators, memory, an estimate of the time.
 
-    Ends with exit status 1 if the device memory is not enough.
+    Not for channels, heads, layers and experts, which are found by weights: `prune --dry-run` reads them. Ends with
+    exit status 1 if the device memory is not enough.
     """
     with working(quiet):
         from convexprune.adapters import inspect as inspect_model
@@ -165,7 +166,8 @@ def names(as_json: AsJson = False) -> None:
     table.add_row("families", f"tested: {families}. Others are found out by watching them run, or refused")
     for number, (name, penalties) in enumerate(found["solvers"].items()):
         takes = ", ".join(_PENALTIES.get(each) or each for each in penalties)
-        use = "prune --solver" if name in SOLVERS else "refits, not prune --solver"
+        refits = {"Support", "AbstractPenalty"} & {*penalties}
+        use = "prune --solver" if name in SOLVERS else f"{'refits' if refits else 'solve'}, not prune --solver"
         table.add_row("" if number else "solvers", f"{name}, for {use}; takes {takes}")
     for name in ("methods", "presets"):
         table.add_row(name, ", ".join(found[name]))

@@ -43,6 +43,7 @@ def test_list_names_all_that_can_be_chosen():
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.split())
     assert "cg, for refits, not prune --solver; takes a fixed support" in printed
+    assert "working-set, for solve, not prune --solver; takes L1, ElasticNet" in printed
     for names in (TESTED.values(), PRUNERS, solver_names(), PRESETS, ("unstructured", "2:4")):
         assert all(name in printed for name in names)
 
