@@ -149,7 +149,8 @@ def _rule(modifier: Modifier, first: Modifier) -> dict[str, Any]:
     same = settings["method"] == first.settings["method"]
     for setting, other in {"allocation": None, "method_args": None if same else {}}.items():
         if settings.pop(setting, other) != (first.settings.get(setting) if other is None else other):
-            raise RecipeError(f"{name}: a rule has no {setting}. Leave it out, or give both modifiers the same.")
+            whose = name if setting in modifier.settings else first.name
+            raise RecipeError(f"{whose}: {setting} is of all modifiers or none. Leave it out, or give both the same.")
     quota = settings.pop("quota", "matrix")
     if settings["pattern"] == "unstructured" and quota != first.settings.get("quota", "matrix"):
         settings["pattern"] = f"unstructured {100 * settings.pop('sparsity'):g}% per {quota}"
