@@ -47,7 +47,7 @@ def unpack(
     output: Annotated[Path, typer.Argument(help="Folder for the model; must be empty or not there.")],
     allow_changed: AllowChanged = False,
     allow_large: Annotated[
-        bool, typer.Option("--allow-large", help="Write more than 400 times the bytes of the pack.")
+        bool, typer.Option("--allow-large", help="Write more than 400 times the bytes of the pack and 64 MiB.")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,

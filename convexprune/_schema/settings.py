@@ -83,7 +83,7 @@ class TargetSettings(Settings):
     group = "target"
     sparsity: float | None = setting(
         None,
-        "Share of zeros, in [0, 1). Left out: 0.5, or what an N:M pattern fixes.",
+        "Share of zeros, in [0, 1). Left out: 0.5, or as N:M fixes; 0 with target, quantize gguf, compressed-tensors.",
         "--sparsity-ratio",
         "-s",
         first=True,
@@ -135,7 +135,7 @@ class TargetSettings(Settings):
         "predicted loss, after a survey of the dense model; half-curve, half of the way; measured, for N:M, "
         "bits and types, with costs corrected by the divergence of the pruned model. owl, skewness: by the scores of "
         "each decoder layer. N:M takes uniform, curve, measured. Left out: for convex and admm rows if unstructured, "
-        "quota matrix; columns for channels, curve for bits; else uniform.",
+        "quota matrix; columns for channels; curve for bits and target; else uniform.",
         choices=("uniform", "columns", "rows", "curve", "half-curve", "measured", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(
@@ -188,9 +188,8 @@ class MethodSettings(Settings):
     preset: str | None = setting(
         None,
         "Settings for an intention, where others are left out. best: prefix pruned for unstructured, N:M and quantize, "
-        "allocation half-curve for unstructured, token_weights loss for quantize. balanced: the defaults. fast: a "
-        "quarter of the samples, no bounds; sparsegpt for unstructured and N:M, no beam for quantize. fistapruner: as "
-        "published (arXiv 2408.03728).",
+        "allocation half-curve for unstructured, token_weights loss for quantize. balanced: the defaults. fast: 32 "
+        "samples, no bounds; sparsegpt for unstructured and N:M, no beam for quantize. fistapruner: arXiv 2408.03728.",
         choices=("best", "balanced", "fast", "fistapruner"),
         first=True,
     )
