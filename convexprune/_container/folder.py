@@ -138,7 +138,7 @@ def unpack(
         source: the folder of a pack.
         output_dir: where to write the model; must be empty or not there. It is there whole or not at all.
         allow_changed: take a result whose files are not those that its run wrote.
-        allow_large: write more than 400 times the bytes of the pack, where that is more than 64 MiB.
+        allow_large: write more than 400 times the bytes of the pack and 64 MiB.
 
     Returns:
         The folder of the model.

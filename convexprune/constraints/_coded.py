@@ -78,7 +78,8 @@ class Coded(WholeNumbers):
 
         A few inputs of a language model are a thousand times as large as others: their scales would be so small that no
         code reached their weights. Others hardly occur in the sample, and may in other texts: no scale is more than
-        `WIDEST` times that of the middle column. The shape [n] is rounded to quarters of an octave.
+        `WIDEST` times that of the middle column, but for what its largest weight needs. The shape [n] is rounded to
+        quarters of an octave.
         """
         rounded = shape.clamp_max(WIDEST * shape.median()).log2().mul_(OCTAVE).round_().div_(OCTAVE).exp2_()
         return Scales(rounded_scale(torch.maximum(step * rounded, weight.abs().amax(0) / self.values[-1]))[None])

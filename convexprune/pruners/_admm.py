@@ -32,8 +32,9 @@ class ADMM(AbstractSearch):
 
     Args:
         iterations: how many.
-        stiffnesses: the first and the last rho, which grows geometrically.
-        every: rho grows every so many iterations, where U shrinks in proportion (rho U is the multiplier).
+        stiffnesses: rho grows geometrically, from the first of these towards the second at the last iteration.
+        every: rho grows every so many iterations only, so it ends below the second: at 0.89 with the defaults. U
+            shrinks in proportion (rho U is the multiplier).
         relaxation: a; below one it ends in better supports (lab/tried.md).
     """
 
