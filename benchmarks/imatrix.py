@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import time
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,16 +76,35 @@ def importances(model: nn.Module, names: list[str], windows: Tensor) -> dict[str
     return {name: total / windows.numel() for name, total in sums.items()}
 
 
+def weights_of(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    return {name: model.get_submodule(name).get_parameter("weight").data.clone() for name in names}
+
+
+def with_weights(model: nn.Module, dense: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """A model with other weights while it is called: a second model would need as much memory again."""
+
+    def call(tokens: Tensor) -> Any:
+        give(model, others)
+        found = model(tokens)
+        give(model, dense)
+        return found
+
+    return call
+
+
+def give(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        model.get_submodule(name).get_parameter("weight").data.copy_(weight)
+
+
 @torch.no_grad()
-def divergences(dense: nn.Module, models: Mapping[str, nn.Module], windows: Tensor) -> dict[str, float]:
-    """The mean of KL(dense || model) over the tokens of windows, in nats."""
-    sums = dict.fromkeys(models, 0.0)
+def divergence(dense: nn.Module, other: Callable[..., Any], windows: Tensor) -> float:
+    """The mean of KL(dense || other) over the tokens of windows, in nats."""
+    total = 0.0
     for window in windows:
-        reference = dense(window[None]).logits[0, :-1].log_softmax(-1)
-        for name, model in models.items():
-            found = model(window[None]).logits[0, :-1].log_softmax(-1)
-            sums[name] += float((reference.exp() * (reference - found)).sum(-1).double().mean()) / len(windows)
-    return sums
+        reference, found = (model(window[None]).logits[0, :-1].log_softmax(-1) for model in (dense, other))
+        total += float((reference.exp() * (reference - found)).sum(-1).double().mean()) / len(windows)
+    return total
 
 
 def spread(text: str, model: HuggingFaceModel, length: int, count: int) -> Tensor:
@@ -123,24 +141,26 @@ def main() -> None:
     texts = {text: spread(text, loaded, asked.length, asked.windows) for text in asked.eval_text}
     layers = loaded.layers[:: asked.every]
     names = [f"{layer.name}.{operator.name}" for layer in layers for operator in layer.operators]
-    dense, seen = loaded.model, importances(loaded.model, names, tokens)
+    model, seen = loaded.model, importances(loaded.model, names, tokens)
+    dense = weights_of(model, names)
     print(f"| type | codes by | bits of operators | of the whole | KL: {' / '.join(Path(t).name for t in texts)} | s |")
     print("|---|---|---|---|---|---|")
     for kind in asked.types:
         for way in ("llama.cpp, imatrix", *asked.ways):
-            model, began = deepcopy(dense), time.perf_counter()
+            began = time.perf_counter()
             if way in WAYS:
                 settings = {"quantize": kind, "sparsity": 0, "held_out_samples": 0, "evaluation": None} | WAYS[way]
                 settings |= {"num_calibration_samples": len(tokens), "targets": names}
-                model = convexprune.prune(model, dataset=tokens, tokenizer=loaded.tokenizer, **settings).model
+                convexprune.prune(model, dataset=tokens, tokenizer=loaded.tokenizer, **settings)
+                coded = weights_of(model, names)
+                give(model, dense)
             else:
-                for name in names:
-                    weight = model.get_submodule(name).get_parameter("weight")
-                    weight.data.copy_(by_llama_cpp(blocks, weight.data, seen[name], kind))
+                coded = {name: by_llama_cpp(blocks, dense[name], seen[name], kind) for name in names}
             seconds = time.perf_counter() - began
-            found = [divergences(dense, {way: model}, windows)[way] for windows in texts.values()]
+            other = with_weights(model, dense, coded)
+            found = [divergence(model, other, windows) for windows in texts.values()]
             bits: Any = make_grid(kind, 32)
-            figures = f"{bits.bits:g} | {bits_of(dense, names, bits.bits):.2f}"
+            figures = f"{bits.bits:g} | {bits_of(model, names, bits.bits):.2f}"
             print(
                 f"| {kind} | {way} | {figures} | {' / '.join(f'{v:.4f}' for v in found)} | {seconds:.0f} |", flush=True
             )

@@ -23,7 +23,7 @@ from typing import Any
 
 import gguf
 import torch
-from imatrix import divergences, importances, spread
+from imatrix import divergence, importances, spread
 from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -126,7 +126,7 @@ def main() -> None:
                     part.rename(path)
                 sizes.setdefault(mix, path.stat().st_size)
                 seconds, size, model = time.perf_counter() - began, path.stat().st_size, read(path)
-                found = [divergences(loaded.model, {by: model}, windows)[by] for windows in texts.values()]
+                found = [divergence(loaded.model, model, windows) for windows in texts.values()]
                 figures = f"{size:,} | {8 * size / weights:.2f} | {' / '.join(f'{v:.4f}' for v in found)}"
                 print(f"| {mix} | {by} | {figures} | {counted(path)} | {seconds:.0f} |", flush=True)
 

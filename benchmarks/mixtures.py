@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from imatrix import divergences, spread
+from imatrix import divergence, spread
 
 import convexprune
 from convexprune.adapters import EMBEDDED, load
@@ -53,7 +53,7 @@ def main() -> None:
             began = time.perf_counter()
             result = convexprune.prune(str(source), dataset=dataset, **shared | WAYS[way])
             seconds = time.perf_counter() - began
-            found = [divergences(dense.model, {way: result.model}, windows)[way] for windows in texts.values()]
+            found = [divergence(dense.model, result.model, windows) for windows in texts.values()]
             first = first or found
             mean = exp(sum(log(a / b) for a, b in zip(found, first, strict=True)) / len(found))
             parts = ", ".join(Path(part).name for part in dataset.split(","))
