@@ -31,7 +31,7 @@ from ._checkpoints.model_folder import CONFIG, documents, result_name, shard_fil
 from ._checkpoints.shards import Shards
 from ._discovery.operators import offloaded, tensor_of
 from ._huggingface import HuggingFaceModel
-from ._removal.base import AbstractRemoval
+from ._removal.base import AbstractRemoval, settings_in
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def require_written(
             renamed = str if narrowed is None else narrowed.renamed
             model.shards.require_assembled(folder, _changed_entries(model, store, narrowed), renamed)
         if narrowed is not None:
-            narrowed.require_configured(model, json.loads((folder / CONFIG).read_bytes()))
+            narrowed.require_configured(model, settings_in(folder))
     except ModelError as cause:
         raise OutputError(
             f"{folder}: what was written is not the pruned model: {cause} What is finished is kept: mend the disk, "

@@ -1,11 +1,11 @@
 """The interface of removals, and cuts of parameters: the smaller model is written as an ordinary model."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,7 +19,6 @@ from convexprune.constraints import Constraint
 from convexprune.errors import ModelError
 from convexprune.pruners import Score
 
-from .._checkpoints.model_folder import CONFIG
 from .._checkpoints.reading import parameters_on_meta
 from .._huggingface import HuggingFaceModel
 
@@ -38,7 +37,12 @@ Shapes = dict[str, tuple[int, ...]]
 def settings_of(model: HuggingFaceModel) -> dict[str, Any]:
     if model.shards is None:
         return model.model.config.to_dict()
-    return json.loads((model.shards.folder / CONFIG).read_bytes())
+    return settings_in(model.shards.folder)
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """Return settings as transformers reads them: release 5 writes infinity as {"__float__": "Infinity"}."""
+    return PretrainedConfig.get_config_dict(folder)[0]
 
 
 def candidates(config: PretrainedConfig, size: int) -> Iterator[Place]:

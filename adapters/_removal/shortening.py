@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune._layerwise.context import LayerContext, recorded
 from convexprune._layerwise.model import Call, DecoderLayer
@@ -192,7 +192,8 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
     if scaled := [name for name, value in config.to_dict().items() if "layer_idx" in name and value]:
         raise ModelError(f"{model.name}: {scaled[0]} makes each layer depend on its number, so that none can go.")
     every = {n: v for n, v in config.to_dict().items() if "token_id" not in n and isinstance(v, list | tuple)}
-    lists = {n: values for n, values in every.items() if len(values) == count or _are_numbers(n, values, count)}
+    per_layer = {n for n, values in every.items() if len(values) == count} - _fixed(config, count)
+    lists = {n: values for n, values in every.items() if n in per_layer or _are_numbers(n, values, count)}
     names, settings = tuple(layer.name for layer in model.layers), base.settings_of(model)
     why = "no setting has that number"
     for place in sorted(base.candidates(model.model.config, count), key=lambda place: "layer" not in place[-1]):
@@ -229,6 +230,16 @@ def _require_residual(model: HuggingFaceModel) -> None:
             f"{model.name}: {model.layers[found.index(False)].name} with zeros in place of all its parameters does not "
             "hand on what it gets, so that a model without it would be another. Pattern 'channels' makes it narrower."
         )
+
+
+def _fixed(config: PretrainedConfig, count: int) -> set[str]:
+    """Return the lists that have `count` entries in a default model with another number of layers: two limits, say."""
+    try:
+        default = type(config)()
+    except base.REFUSALS:
+        return set()
+    other = getattr(default, "num_hidden_layers", count) != count
+    return {name for name, v in default.to_dict().items() if other and isinstance(v, list | tuple) and len(v) == count}
 
 
 def _are_numbers(name: str, values: Sequence[Any], count: int) -> bool:

@@ -13,6 +13,7 @@ from tiny_families import FAMILIES, TOKENS
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -201,6 +202,19 @@ def test_the_result_is_an_ordinary_smaller_folder(source: Path, tmp_path: Path):
     here = convexprune.prune(source, **SMALL)
     assert here.report.narrowed == result.report.narrowed
     assert all(torch.equal(t, shorter.state_dict()[name]) for name, t in here.model.state_dict().items())
+
+
+@pytest.mark.parametrize("pattern", ["layers", "heads", "channels:8"])
+def test_an_infinite_setting_of_a_folder_is_infinite(pattern: str, tmp_path: Path):
+    """Release 5 writes it as {"__float__": "Infinity"}. Its two entries are not those of two layers."""
+    settings: dict[str, Any] = LLAMA | {"num_hidden_layers": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4}
+    settings |= {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    made(FalconH1Config(**settings)).save_pretrained(tmp_path / "dense")
+    convexprune.prune(tmp_path / "dense", **SMALL | {"pattern": pattern, "sparsity": 0.5}, output_dir=tmp_path / "out")
+    dense, small = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("dense", "out"))
+    assert small.get("time_step_limit") == dense.get("time_step_limit")
+    with torch.no_grad():
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS).logits.isfinite().all()
 
 
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(source: Path, tmp_path: Path):
