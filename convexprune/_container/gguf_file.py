@@ -131,6 +131,11 @@ def places(model: GGUFModel, plain: Mapping[str, Entry], quantized: dict[Place, 
             new, number = model.place(name)
             own = quantized.pop((new, number), None)
             kind = _type(entry, new) if own is None else own.type
+            if own is not None and (columns := entry.spec.shape[-1]) % (block := gguf.GGML_QUANT_SIZES[kind][0]):
+                raise ModelError(
+                    f"{name.removesuffix('.weight')} is {own.grid}, with {columns} columns, and blocks of GGUF have "
+                    f"{block}. Take --format compressed-tensors, or quantize again without it (--ignore)."
+                )
             places[new][number] = Part(name, entry, kind, own)
     return {new: [parts[number] for number in sorted(parts, key=lambda n: n or 0)] for new, parts in places.items()}
 

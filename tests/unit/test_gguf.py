@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,19 @@ def test_what_has_no_safetensors_or_no_blocks_is_refused(tmp_path: Path):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(ModelError, match="holds no safetensors file"):
         convexprune.export(source, tmp_path / "model.gguf", "gguf")
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_rows_that_are_no_whole_blocks_are_refused(name: str, tmp_path: Path, build: Callable[[str], PreTrainedModel]):
+    build("llama").save_pretrained(tmp_path / "dense")  # its MLP has 48 channels
+    run = quantized(tmp_path / "dense", tmp_path / "run", quantize=name, group_size=-1)
+    told = rf"0\.mlp\.down_proj is {name} per output channel, with 48 columns, and blocks of GGUF have 32\..*--ignore"
+    with pytest.raises(ModelError, match=told):
+        convexprune.export(run, tmp_path / "model.gguf", "gguf")
+    assert not (tmp_path / "model.gguf").exists()
+    convexprune.export(run, tmp_path / "out")
+    left = quantized(tmp_path / "dense", tmp_path / "left", quantize=name, group_size=-1, ignore=["down_proj"])
+    exported(left, tmp_path / "left.gguf")
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path, build):
