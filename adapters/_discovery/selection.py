@@ -33,9 +33,9 @@ def left_alone(
 ) -> dict[str, str]:
     """Return the reason for every matrix of a model that is not pruned.
 
-    A pattern is a name, whole ("model.layers.3.self_attn.q_proj"), relative to the layer ("self_attn.q_proj") or only
-    the last part ("q_proj"; "down_proj" also for all experts "mlp.experts.down_proj.0" and so on); a class ("Linear" is
-    every linear map); or "re:" and a regular expression that matches the beginning of such a name.
+    A pattern is a name or its last parts ("model.layers.3.self_attn.q_proj", "self_attn.q_proj", "q_proj"; "down_proj"
+    also for all experts "mlp.experts.down_proj.0" and so on); a class ("Linear" is every linear map); or "re:" and a
+    regular expression for the beginning of a name that is whole, relative to the layer, or the last part.
     """
     shared = ties(model)
     names: dict[str, tuple[str, ...]] = {}
@@ -146,13 +146,13 @@ def _matches(patterns: Sequence[str], names: Mapping[str, tuple[str, ...]], told
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Return a test whether a name fits a pattern: equal, or "re:" and an expression for the beginning of a name.
+    """Return a test whether a pattern is a name or its last parts, or "re:" and an expression for its beginning.
 
     Patterns may come from someone else's recipe, and `re` cannot be interrupted: so the package `regex` matches,
     which can, and stops after `PATIENCE` seconds in all.
     """
     if not pattern.startswith("re:"):
-        return pattern.__eq__
+        return lambda name: f".{name}".endswith(f".{pattern}")
     text, left = pattern.removeprefix("re:"), PATIENCE
     try:
         re.compile(text)

@@ -1,6 +1,7 @@
 """Which operators of a model `targets` and `ignore` choose: each linear map is in one stage or left alone."""
 
 import pytest
+from tiny_families import FAMILIES
 from torch import nn
 
 from convexprune.adapters import HuggingFaceModel
@@ -36,12 +37,26 @@ def test_every_linear_is_either_in_one_stage_or_left_alone(tiny):
         (["Linear"], ["fc1", "fc2"], 8),
         (["Linear"], ["re:model.decoder.layers.0"], 6),
         (["Linear"], ["lm_head"], 12),
+        (["layers.1.self_attn.q_proj", "1.fc1", "decoder.layers.0.fc1"], [], 3),
     ],
 )
 def test_targets_and_ignore_choose_operators(build, targets, ignore, expected):
     model = HuggingFaceModel(build("opt"), targets=targets, ignore=ignore)
     assert len(operators(model)) == expected
     assert len(operators(model)) + len(model.left_alone) == len(linears(model))
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("experts.down_proj", 8),
+        ("experts.down_proj.1", 2),
+        ("layers.1.mlp.experts.down_proj.1", 1),
+        ("down_proj", 8),
+    ],
+)
+def test_last_parts_choose_experts(target, expected):
+    assert len(operators(HuggingFaceModel(FAMILIES["gpt_oss"](), targets=[target]))) == expected
 
 
 def test_layers_without_operators_stay_and_empty_stages_go(build):
@@ -60,6 +75,8 @@ def test_the_recipes_reasons_are_kept(build):
     ("choice", "error", "message"),
     [
         ({"targets": ["q_porj"]}, ModelError, "Unknown operator 'q_porj'. Did you mean 'q_proj'"),
+        ({"targets": ["attn.q_proj"]}, ModelError, "Unknown operator 'attn.q_proj'"),
+        ({"targets": ["model.layers.1."]}, ModelError, "Unknown operator"),
         ({"ignore": ["lm_haed"]}, ModelError, "Did you mean 'lm_head'"),
         ({"ignore": ["Linear"]}, ModelError, "leave no operator to prune.*fc1"),
         ({"targets": ["lm_head"]}, ModelError, "leave no operator to prune.*tied to"),
