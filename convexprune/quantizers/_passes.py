@@ -83,38 +83,37 @@ class Sweep:
         step, offset = found.scales.spread(columns)
         scales = step.T[order]
         offsets = torch.zeros_like(scales[:, :1]) if offset is None else offset.T[order]
-        divisors, left = divisible(scales), weight.T[order, None].repeat(1, width, 1)
-        codes, parents = torch.empty_like(left), torch.empty_like(left, dtype=torch.int64)
-        cost = torch.full_like(left[0], torch.inf)
+        # Beginnings lie one below another [width rows, columns]: to go on with one copies its row.
+        divisors, left = divisible(scales), weight[:, order].repeat(width, 1)
+        codes = left.new_empty(columns, width, rows)
+        parents = torch.empty_like(codes, dtype=torch.int64)
+        cost = torch.full_like(codes[0], torch.inf)
         cost[0] = 0  # all begin alike
         alone = torch.arange(width, device=weight.device)[:, None].expand(width, rows)
+        own = torch.arange(rows, device=weight.device)
         for first in range(0, columns, EXCHANGED):
             last = min(first + EXCHANGED, columns)
-            part, errors = left[first:last], torch.empty_like(left[first:last])
+            part = left[:, : last - first].T.reshape(-1, width, rows)
+            errors, begin = left.new_zeros(width * rows, last - first), alone
             for j in range(first, last):
-                wanted, after = part[j - first] + offsets[j], part[j - first + 1 :]
+                pushed = (errors[:, : j - first] @ upper[first:j, j]).view(width, rows)
+                wanted = part[j - first].gather(0, begin) - pushed + offsets[j]
                 both = torch.stack(found.grid.around(wanted / divisors[j]))
                 off = (wanted - both * scales[j]) / upper[j, j]
                 costs = cost + off.square()
                 costs[1].masked_fill_(both[0] == both[1], torch.inf)
                 cost, place = costs.flatten(0, 1).topk(width, dim=0, largest=False)
-                parents[j] = place % width
+                parents[j] = parent = place % width
                 codes[j] = both.flatten(0, 1).gather(0, place)
-                errors[j - first] = error = off.flatten(0, 1).gather(0, place)
-                after.copy_(after.gather(1, parents[j].expand_as(after)) - upper[j, j + 1 : last, None, None] * error)
-            begin = _followed(errors, parents[first:last], alone)
-            rest = left[last:].gather(1, begin.expand_as(left[last:]))
-            left[last:] = rest - bare_product(upper[first:last, last:].contiguous().T, errors.flatten(1)).view_as(rest)
-        _followed(codes, parents, cost.argmin(0, keepdim=True).expand(width, rows))
+                errors, begin = errors.index_select(0, (parent * rows + own).flatten()), begin.gather(0, parent)
+                errors[:, j - first] = off.flatten(0, 1).gather(0, place).flatten()
+            left = left[:, last - first :].index_select(0, (begin * rows + own).flatten())
+            left -= bare_product(errors, upper[first:last, last:].contiguous())
+        end = cost.argmin(0, keepdim=True).expand(width, rows)
+        for j in reversed(range(columns)):
+            codes[j] = codes[j].gather(0, end)
+            end = parents[j].gather(0, end)
         return torch.empty_like(codes[:, 0]).index_copy_(0, order, codes[:, 0]).T.contiguous()
-
-
-def _followed(values: Tensor, parents: Tensor, end: Tensor) -> Tensor:
-    """Put the values [columns width rows] of beams in place of those at their `end`, and return where they begin."""
-    for j in reversed(range(len(values))):
-        values[j] = values[j].gather(0, end)
-        end = parents[j].gather(0, end)
-    return end
 
 
 def exchanged(gram: Tensor, found: OnGrid, residual: Tensor, mask: Tensor, price: float) -> tuple[OnGrid, Tensor]:
