@@ -184,6 +184,11 @@ class WholeNumbers(Codebook):
     def nearest(self, multiples: Tensor) -> Tensor:
         return multiples.round_().clamp_(self.values[0], self.values[-1])
 
+    def around(self, multiples: Tensor) -> tuple[Tensor, Tensor]:
+        near = self.nearest(multiples.clone())
+        beyond = (multiples >= near).to(near).mul_(2).sub_(1)  # to the next number, or the one before
+        return near, beyond.add_(near).clamp_(self.values[0], self.values[-1])
+
 
 @dataclass(frozen=True)
 class AnyOf(Codebook):

@@ -61,6 +61,13 @@ def test_more_rounds_and_sweeps_never_have_a_larger_error(support: Constraint, s
         assert bool((less <= more * (1 + 1e-4)).all())
 
 
+@given(st.sampled_from((Grid(4, 32), Grid(3, ROW), Q4_K())), seeds)
+def test_whole_numbers_around_are_those_of_any_grid(grid: Codebook, seed: int):
+    multiples = torch.cat([10 * random(seed, 50, 2).flatten(), torch.arange(-40, 41) / 2])  # with ties and both ends
+    for found, expected in zip(grid.around(multiples), Codebook.around(grid, multiples), strict=True):
+        assert torch.equal(found, expected)
+
+
 @given(st.sampled_from((Grid(4, 32), Grid(3, ROW), NF4(32), Q4_K())), seeds)
 def test_a_beam_never_has_a_larger_error_and_says_how_near_it_is(grid: Codebook, seed: int):
     problem = layer_problem(correlated(seed, m=4, n=256, tokens=400), Quantized(Unstructured(0.0), grid))
