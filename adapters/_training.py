@@ -39,8 +39,10 @@ def keep_zeros(model: nn.Module) -> Iterator[dict[str, int]]:
         for parameter, mask in zeros.values():
             if parameter.requires_grad:
                 kept.callback(parameter.register_hook(partial(_without, mask)).remove)
-        for adapter, mask in _adapters(model, zeros):
-            kept.callback(adapter.register_forward_hook(partial(_on_others_only, mask)).remove)
+        for down, up, mask in _adapters(model, zeros):
+            seen: dict[str, Tensor] = {}  # what enters the adapter, after its dropout
+            kept.callback(down.register_forward_pre_hook(partial(_see, seen)).remove)
+            kept.callback(up.register_forward_hook(partial(_on_others_only, down, mask, seen)).remove)
         kept.callback(register_optimizer_step_post_hook(lambda *_: _restore(zeros)).remove)
         yield {name: int(mask.sum()) for name, (_, mask) in zeros.items()}
 
@@ -97,30 +99,32 @@ def _zeros(model: nn.Module) -> Zeros:
     return found
 
 
-def _adapters(model: nn.Module, zeros: Zeros) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Yield the adapted layers of peft whose weight has zeros, with the zeros."""
+def _adapters(model: nn.Module, zeros: Zeros) -> Iterator[tuple[Any, Any, Tensor]]:
+    """Yield both halves of each LoRA of peft on a weight that has zeros, with the zeros [outputs inputs]."""
     masks = {id(parameter): mask for parameter, mask in zeros.values()}
-    for name, module in model.named_modules():
-        mask = masks.get(id(getattr(getattr(module, "base_layer", None), "weight", None)))
+    layer: Any
+    for name, layer in model.named_modules():
+        of_parameter = getattr(layer, "parameter_name", None)
+        mask = masks.get(id(getattr(getattr(layer, "base_layer", None), of_parameter or "weight", None)))
         if mask is None:
             continue
-        if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
+        if not hasattr(layer, "lora_A") or getattr(layer, "lora_variant", None) or of_parameter:
             raise ModelError(f"{name}: an adapter of another kind than plain LoRA, of which no zeros can be kept.")
-        yield module, mask
+        for own, down in layer.lora_A.items():
+            yield down, layer.lora_B[own], mask.T if layer.fan_in_fan_out else mask
 
 
 def _without(mask: Tensor, gradient: Tensor) -> Tensor:
     return gradient.masked_fill(mask, 0)
 
 
-def _on_others_only(mask: Tensor, adapter: Any, given: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Return the output of a layer with LoRA, without the adapter's additions to zero weights."""
-    active = [name for name in adapter.active_adapters if name in adapter.lora_A]
-    if adapter.disable_adapters or adapter.merged or not active:
-        return output
-    added = torch.stack([adapter.get_delta_weight(name) for name in active]).sum(0) * mask
-    added = added.T if adapter.fan_in_fan_out else added
-    return output - linear(given[0].to(added.dtype), added).to(output.dtype)
+def _see(seen: dict[str, Tensor], down: Any, given: tuple[Tensor, ...]) -> None:
+    seen["input"] = given[0]
+
+
+def _on_others_only(down: Any, mask: Tensor, seen: dict[str, Tensor], up: Any, _: Any, output: Tensor) -> Tensor:
+    """Return the output of a LoRA's second half, without what its product of two matrices adds to zero weights."""
+    return output - linear(seen.pop("input"), (up.weight @ down.weight) * mask)
 
 
 @torch.no_grad()

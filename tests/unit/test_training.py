@@ -9,6 +9,8 @@ import pytest
 import torch
 from door import SMALL, TOKENS
 from peft import LoraConfig, get_peft_model
+from tiny_families import SMALL as SMALL_FAMILY
+from tiny_families import build_family
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -134,8 +136,32 @@ def test_an_adapter_is_merged_without_a_loss(pruned: Any, dtype: torch.dtype, dr
 
 
 @PEFT
-def test_an_adapter_of_another_kind_is_refused(pruned: Any):
-    adapted = get_peft_model(pruned, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("family", "name"), [("llama", "q_proj"), ("gpt2", "c_attn")])
+def test_an_adapter_in_training_adds_nothing_to_zero_weights(family: str, name: str, dropout: float):
+    pruned = convexprune.prune(build_family(family), method="magnitude", **SMALL_FAMILY).model
+    given: dict[str, Any] = {"target_modules": [name], "fan_in_fan_out": family == "gpt2", "init_lora_weights": False}
+    config = LoraConfig(r=4, lora_dropout=dropout, **given)
+    adapted: Any = get_peft_model(pruned, config)
+    layer = next(module for key, module in adapted.named_modules() if key.endswith(name))
+    weight = layer.base_layer.weight.data.T if family == "gpt2" else layer.base_layer.weight.data
+    weight[0] = 0
+    with convexprune.keep_zeros(adapted), torch.no_grad():
+        x = torch.randn(2, 5, weight.shape[1])
+        added = layer.train()(x) - layer.base_layer(x)
+    assert added[..., 0].abs().max() < 1e-5 and added[..., 1].abs().max() > 0.01
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "DoRA": {"target_modules": ["q_proj"], "use_dora": True},
+    "of a parameter": {"target_modules": [], "target_parameters": ["self_attn.q_proj.weight"]},
+}
+
+
+@PEFT
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_another_kind_is_refused(pruned: Any, kind: str):
+    adapted = get_peft_model(pruned, LoraConfig(r=2, **KINDS[kind]))
     with pytest.raises(errors.ModelError, match=r"q_proj: an adapter of another kind"), convexprune.keep_zeros(adapted):
         pass
     before = count(zeros(pruned))
