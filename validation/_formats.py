@@ -70,7 +70,8 @@ class Int8(AbstractProduct):
 
     def keep(self, weight: Tensor) -> None:
         scale = weight.float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        self.register_buffer("codes", (weight.float() / scale[:, None]).round().to(torch.int8))
+        codes = (weight.float() / scale[:, None]).round().to(torch.int8)
+        self.register_buffer("codes", codes.contiguous())  # the weight of a Conv1D comes transposed
         self.register_buffer("scale", scale.to(self.dtype))
 
     def product(self, x: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ ROUNDING = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 2e-2, f"int4, groups of {
 
 
 @pytest.mark.parametrize("name", ROUNDING)
-def test_a_format_multiplies_by_its_weight_and_counts_its_bytes(name: str):
+@pytest.mark.parametrize("is_transposed", [False, True])  # as of a Conv1D
+def test_a_format_multiplies_by_its_weight_and_counts_its_bytes(name: str, is_transposed: bool):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(32, 128, generator=generator) * (torch.rand(32, 128, generator=generator) < 0.5)
     bias, x = torch.randn(32, generator=generator), torch.randn(2, 3, 128, generator=generator)
-    product = FORMATS[name](weight, bias)
+    product = FORMATS[name](weight.T.contiguous().T if is_transposed else weight, bias)
     y = product(x.to(product.dtype)).float()
     assert y.shape == (2, 3, 32)
     assert (y - (x @ weight.T + bias)).norm() <= ROUNDING[name] * y.norm()
@@ -53,6 +54,12 @@ def test_formats_are_timed_beside_the_dense_one_and_the_model_stays_as_it_was(
     assert decoded.tokens_per_second == pytest.approx(2e3 / decoded.milliseconds)
     assert len(json.loads(json.dumps(found.to_json()))["verdict"]) == len(FORMATS)
     assert found.verdict()[-1].startswith("Tokens/s at batch 1 on cpu, 1 threads: float32 ")
+
+
+def test_a_batch_is_timed_once_and_rates_are_of_the_least(tiny_llama: HuggingFaceModel):
+    found = bench(tiny_llama.model, batches=(3, 2, 3), prompt=4, new_tokens=1, seconds=0.1)
+    assert [t.batch for t in found.timings if (t.what, t.format) == ("decode", "float32")] == [3, 2]
+    assert found.verdict()[-1].startswith("Tokens/s at batch 2 on cpu, 1 threads: float32 ")
 
 
 def test_a_product_that_this_torch_lacks_is_left_out_and_told(tiny_llama: HuggingFaceModel, monkeypatch):
