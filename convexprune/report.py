@@ -19,7 +19,7 @@ from convexprune.errors import OutputError
 from convexprune.pruners import Damping
 
 Number = int | float  # infinity and NaN are text in JSON
-DERIVED = ("sparsity", "largest_gap", "median_bound_ratio", "short_of_tokens")  # written for readers, and not read
+DERIVED = ("sparsity", "largest_gap", "median_bound_ratio", "short_of_tokens")  # for readers; they follow from all else
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,11 @@ class Report:
             whole = json.loads(text)
             if whole.pop("checksum") != _checksum(whole):
                 raise ValueError("its checksum is that of another text")
-            given = {key: value for key, value in whole.items() if key not in DERIVED}
-            return _whole_reader().validate_python(given)
+            said = {name: whole.pop(name) for name in DERIVED if name in whole}
+            report = _whole_reader().validate_python(whole)
+            if wrong := [name for name, value in said.items() if value != finite(getattr(report, name))]:
+                raise ValueError(f"its {wrong[0]} is not that of its operators")
+            return report
         except ValidationError as cause:
             fault = cause.errors()[0]
             reason = f"{'.'.join(map(str, fault['loc']))[:100]}: {fault['msg']}"

@@ -16,8 +16,16 @@ from convexprune._container.provenance import require_as_written
 from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
 from convexprune._runs.folder import REMOVED, REPORT, RunFolder, checksum, differences
 from convexprune._storage.files import checksum_inside, named
-from convexprune.adapters import HuggingFaceModel, find_removal, local_folder, needs_sampling, parts_of, refuse_packed
-from convexprune.constraints import Constraint
+from convexprune.adapters import (
+    HuggingFaceModel,
+    ParameterOperator,
+    find_removal,
+    local_folder,
+    needs_sampling,
+    parts_of,
+    refuse_packed,
+)
+from convexprune.constraints import FAMILIES, Constraint
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OperatorReport, Report
@@ -146,6 +154,27 @@ def _require_same_model(dense: HuggingFaceModel, source: str | Path, report: Rep
         )
 
 
+def on_grids(dense: HuggingFaceModel, recipe: Recipe) -> list[str]:
+    """Return the names of embedding and head, if the run has put them on grids: nothing tells what they should be."""
+    return adapters.ends(dense) if recipe.embedding is not None or recipe.quantize in FAMILIES else []
+
+
+def touched(dense: HuggingFaceModel, pruned: HuggingFaceModel, recipe: Recipe) -> list[str]:
+    """Return the tensors that a run leaves alone and that are not the dense model's; zeros of a removal are right."""
+    operators = [(y.name, o) for y in dense.layers for o in y.operators if isinstance(o, ParameterOperator)]
+    changed = [f"{layer}.{operator.place.path}" for layer, operator in operators]
+    here, there = (model.model.state_dict(keep_vars=True) for model in (dense, pruned))
+    by_right = {id(here[name]) for name in (*changed, *(f"{name}.weight" for name in on_grids(dense, recipe)))}
+    removes, dtype = recipe.build_pattern().removes is not None, pruned.model.dtype
+
+    def is_same(*both: Tensor) -> bool:
+        one, other = (x.to(dtype) if x.is_floating_point() else x for x in both)  # a folder has one dtype
+        return torch.equal(one.where(other != 0, 0) if removes else one, other)
+
+    left = (name for name, tensor in here.items() if id(tensor) not in by_right)
+    return [name for name in left if name not in there or not is_same(here[name], there[name])]
+
+
 SAME = 0.05  # relative: another machine may round the hidden states otherwise
 NOTHING = 1e-9  # an error that is only rounding
 
@@ -157,12 +186,10 @@ class ReportedError:
     operator: str
     error: float
     reported: float
-    held_out: float | None  # the report's
     growth: float  # largest absolute weight over the dense operator's
 
     def cells(self) -> list[str]:
-        said = [f"{self.reported:.3e}", "-" if self.held_out is None else f"{self.held_out:.3e}"]
-        return [self.operator, f"{self.error:.3e}", *said, f"{self.growth:.2f}"]
+        return [self.operator, f"{self.error:.3e}", f"{self.reported:.3e}", f"{self.growth:.2f}"]
 
     @property
     def fault(self) -> str:
@@ -180,7 +207,7 @@ def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]
     own = [o for o in reports if o.name == operator.name and "borrowed_tokens" not in o.facts]
     growth = float(achieved.abs().max() / problem.weight.abs().max())
     said = ((o, o.relative_error if o.weighted_error is None else o.weighted_error) for o in own)
-    return [ReportedError(o.name, error, reported, o.held_out_error, growth) for o, reported in said]
+    return [ReportedError(o.name, error, reported, growth) for o, reported in said]
 
 
 def require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, reports: Sequence[OperatorReport]) -> None:

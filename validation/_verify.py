@@ -29,12 +29,12 @@ from convexprune.report import finite
 
 from ._layer_problems import OperatorProblem, SolvedProblem, operator_problems, oracles, solve_blocks
 from ._results import terminal_table
-from ._source import ReportedError, open_source, reported_errors, require_same_shapes
+from ._source import ReportedError, on_grids, open_source, reported_errors, require_same_shapes, touched
 
 WIDE = 1024  # above, a split for every row costs too much: rows share one
 SOLVED = ("operator", "problem", "solver", "objective", "difference", "gap", "KKT", "s")
 BOUNDED = ("operator", "rows", "damping", "error", "lower bound", "ratio", "undamped: error", "bound", "ratio", "s")
-MEASURED = ("operator", "relative error", "in the report", "held-out there", "largest weight / dense")
+MEASURED = ("operator", "relative error", "in the report", "largest weight / dense")
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ class Verification:
         comparisons: the solves.
         bounds: the bounds.
         miscounted: operators of a run with other zeros than reported.
+        touched: tensors that a run leaves alone, with other values than in the dense model.
         errors: reported errors of a run beside measured errors.
-        note: reason for missing errors.
+        note: what was not compared, and why.
         seconds: total time.
     """
 
@@ -82,6 +83,7 @@ class Verification:
     comparisons: list[SolvedProblem] = field(default_factory=list)
     bounds: list[BoundReport] = field(default_factory=list)
     miscounted: list[str] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
     errors: list[ReportedError] = field(default_factory=list)
     note: str = ""
     seconds: float = 0.0
@@ -97,6 +99,7 @@ class Verification:
             for b in self.bounds
             if not (b.lower <= b.error * (1 + self.tolerance) and b.plain_lower <= b.plain_error * (1 + self.tolerance))
         ]
+        found += [f"{name}: it is not the dense model's, and no run changes it" for name in self.touched[:1]]
         found += [*self.miscounted, *(e.fault for e in self.errors if e.fault)]
         return found if self.comparisons else [*found, "nothing was compared"]
 
@@ -156,7 +159,8 @@ def verify(source: str | Path | None = None, *, on_progress: OnProgress | None =
     Args:
         source: a model (folder or hub name), pruned in memory by the settings; or the folder of a finished run, whose
             recipe names the dense model, the tokens and the pattern. The run's files are checked by the checksums in
-            the report, its zeros and errors by the report's entries. None: the bundled model.
+            the report, its zeros and errors by the report's entries, all that it leaves alone by the dense model. None:
+            the bundled model.
         on_progress: takes a `convexprune.Event` as a phase begins and as a step is done.
         settings: by name:
         {settings}
@@ -184,9 +188,13 @@ def verify(source: str | Path | None = None, *, on_progress: OnProgress | None =
         require_same_shapes(dense, pruned, reports)
         wrong = miscounted(pruned, reports)
         names, result.miscounted = [name for name in names if name not in wrong], list(wrong.values())
+        result.touched = touched(dense, pruned, recipe)
+        if grids := on_grids(dense, recipe):
+            result.note = f"Not compared with the dense model, as they are on grids: {', '.join(grids)}."
     tokens, same = opened.tokens()
     if pruned is not None and not same:
-        result.note = "The model writes another text here than for the run: the report's errors are not compared."
+        told = "The model writes another text here than for the run: the report's errors are not compared."
+        result.note = f"{result.note} {told}".strip()
     weights = token_weights(dense, TokenWeighting.parse(recipe.token_weights), tokens, recipe.batch_size)
     layer = recipe.layer_settings(patterns={o.name: parse_pattern(o.pattern) for o in reports})
     layer = replace(layer, token_weights=weights)

@@ -1,6 +1,7 @@
 """`verify` believes nothing that a run's folder says of itself, and finds the model and the text wherever they are."""
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from convexprune.adapters._data import calibration
 from convexprune.adapters._discovery import selection
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
 from convexprune.recipe import make_recipe
-from convexprune.report import Report
+from convexprune.report import Report, _checksum
 from convexprune.validation import Verification, verify
 
 __all__ = ["folder"]  # a fixture of test_cli
@@ -100,11 +101,29 @@ def test_an_operator_that_is_not_what_the_run_made_is_noticed_by_checksum_and_wi
     assert any(re.match(f"{OPERATOR}: {message}", fault) for fault in result.faults), result.faults
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.3.input_layernorm.weight"])
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.norm", "model.layers.3.input_layernorm"])
 def test_so_is_any_other_tensor(copied: Path, name: str):
-    _changed(copied, name, torch.zeros_like)
+    _changed(copied, f"{name}.weight", lambda tensor: tensor * 1.5)
     with pytest.raises(OutputError, match="is damaged"):
         _verified(copied)
+    _signed(copied)
+    assert _verified(copied).faults == [f"{name}.weight: it is not the dense model's, and no run changes it"]
+
+
+@pytest.mark.parametrize(("name", "forged"), [("sparsity", 0.9), ("largest_gap", 1e-14)])
+def test_so_are_totals_of_the_report(copied: Path, name: str, forged: float):
+    written = json.loads((copied / "report.json").read_text()) | {name: forged}
+    del written["checksum"]
+    (copied / "report.json").write_text(json.dumps(written | {"checksum": _checksum(written)}))
+    with pytest.raises(OutputError, match=f"its {name} is not that of its operators"):
+        _verified(copied)
+
+
+def test_only_measured_figures_are_shown_as_measured(copied: Path):
+    *_, table = _verified(copied).tables()
+    assert [column.header for column in table.columns] == [
+        "operator", "relative error", "in the report", "largest weight / dense",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["report.json", "recipe.yaml", "config.json", "model.safetensors.index.json"])
