@@ -77,9 +77,9 @@ class Advice:
         model: name of the model.
         nbytes: bytes of the dense model.
         target: the request, in words.
-        ways: all ways.
+        ways: all ways, but for those that `export` would refuse.
         files: bytes of the whole file of weights by options of `prune`, the least and the most; for a folder only.
-        notes: reasons why files are missing.
+        notes: reasons why files or ways are missing.
     """
 
     model: str
@@ -174,6 +174,18 @@ def _sizes(folder: Path, outline: Outline, layout: str) -> Iterator[tuple[str, t
     yield f"--quantize {layout} --target SIZE", (mixed.least, mixed.most)
 
 
+def _why_no_export(folder: Path, outline: Outline, operators: int) -> list[str]:
+    """Return why `export` refuses the model once quantized, if it does, and which ways are left out for it."""
+    try:
+        alike(outline.layers)
+        if any(folder.glob("*.safetensors")):
+            imported("compressed-tensors").require_matrices(folder, operators, outline.ends, outline.left_alone)
+    except ModelError as cause:
+        left = ", ".join(way.name for way in measured() if way.then == "export")
+        return [f"Without {left}, which export refuses: {cause}"]
+    return []
+
+
 def _option(kind: str) -> str:
     name, _, group = kind.partition(" in groups of ")
     row = " per output channel"
@@ -231,13 +243,15 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
         commands = (*([prune] if arguments else []), *([then] if way.then else []))
         return Advised(way, int(disk / 8), int(memory / 8), bits, faster, reached[kind], commands)
 
-    ways = map(applied, [Way(AS_IT_IS, "", "", 16, 16, 1, 1, 1, ""), *measured()])
+    folder = Path(source)
+    refused = _why_no_export(folder, outline, operators)
+    taken = [way for way in measured() if not (refused and way.then == "export")]
+    ways = map(applied, [Way(AS_IT_IS, "", "", 16, 16, 1, 1, 1, ""), *taken])
     found = sorted(ways, key=lambda each: (not each.reaches, each.way.times, bool(each.commands), each.disk))
     words = {
         "target": f"{value / 1e6:,.2f} MB {'in memory' if asked.memory else 'on disk'}",
         "bits": f"{value} bits a weight on disk",
         "speed": f"{value} times the tokens a second at batch 1",
     }
-    folder = Path(source)
     files, notes = file_sizes(folder, outline) if folder.is_dir() else ({}, [NO_FOLDER])
-    return Advice(str(source), dense // 8, words[kind], tuple(found), files, tuple(notes))
+    return Advice(str(source), dense // 8, words[kind], tuple(found), files, (*notes, *refused))

@@ -95,6 +95,16 @@ def _refuse_stacked(folder: Path, names: Iterable[str], left_alone: Iterable[str
         raise ModelError(f"{folder}: {stacked[0]} has 3 dimensions. {ACCEPTED}")
 
 
+def require_matrices(source: Path, operators: int, ends: Iterable[str], left_alone: Iterable[str]) -> None:
+    """Refuse, before a run, a model that stores its operators, of so many weights, otherwise than `export` takes."""
+    every = {name: entry.spec.shape for found in source_tensors(source)[1].values() for name, entry in found.items()}
+    _refuse_stacked(source, [name for name, shape in every.items() if len(shape) == 3], left_alone)
+    outside = {f"{name}.weight" for name in ends}
+    matrices = {name: prod(s) for name, s in every.items() if name.endswith(".weight") and len(s) == 2}
+    if sum(count for name, count in matrices.items() if name not in outside) < operators:
+        raise ModelError(f"{source} stores operators that are no matrices. {ACCEPTED}")
+
+
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack signed codes [m n], the lowest bit first, into whole words for each row: int32 [m ceil(n bits / 32)]."""
     positive = (codes.to(torch.int16) + 2 ** (bits - 1)).numpy().astype(np.uint8)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_gguf import built, quantized
+from tiny_families import FAMILIES, TOKENS, build_family
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 from typer.testing import CliRunner
 
 import convexprune
 from convexprune._cli import app
 from convexprune.adapters import HuggingFaceModel
-from convexprune.errors import RecipeError
+from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.validation._advice import Way, advise, measured
 
@@ -89,6 +91,27 @@ def test_sizes_of_other_formats_are_those_of_the_commands(tiny_llama: HuggingFac
         assert sum(f.stat().st_size for f in packed.glob("*.*")) == pytest.approx(coded.disk, rel=0.1)
     else:
         assert "--sparsity 0 --dtype bfloat16" in coded.commands[0] and coded.bits == pytest.approx(10.6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "granitemoe", "mixtral"])
+def test_a_way_that_export_refuses_is_left_out(family: str, tmp_path: Path):
+    """Mixtral has its experts in one tensor in memory, and apart on disk."""
+    sizes: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = build_family(family) if family in FAMILIES else GraniteMoeForCausalLM(GraniteMoeConfig(**sizes))
+    model.save_pretrained(tmp_path / "dense")
+    run = quantized(tmp_path / "dense", tmp_path / "run", quantize="int4", group_size=-1, dataset=TOKENS % 100 + 2)
+    try:
+        convexprune.export(run, tmp_path / "out")
+    except ModelError as refusal:
+        assert "The layout takes Linear modules only" in str(refusal)
+    found = advise(tmp_path / "dense", speed=1.01)
+    taken = [each.commands[-1] for each in found.ways if each.way.then == "export"]
+    assert taken == (["convexprune export DIR OUT"] if (tmp_path / "out").exists() else [])
+    told = [note for note in found.verdict() if "Without int4 for engines, which export refuses: " in note]
+    assert len(told) == 1 - len(taken)
+    if family == "gpt2":
+        assert len(advise(tmp_path / "dense" / "config.json", speed=1.01).ways) == len(found.ways)
 
 
 def test_memory_is_of_a_target(folder: Path):
