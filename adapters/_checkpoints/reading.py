@@ -72,10 +72,11 @@ def ask(source: str, read: Callable[[], Any]) -> Any:
 
 def model_class(source: str, config: transformers.PretrainedConfig) -> Any:
     """Return the class of transformers that reads a language model with this configuration, wrapped or not."""
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
-        return transformers.AutoModelForCausalLM
-    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
-        return transformers.AutoModelForImageTextToText
+    if not config.is_encoder_decoder:  # BART's type is among decoders, too: for its decoder alone
+        if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
+            return transformers.AutoModelForCausalLM
+        if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return transformers.AutoModelForImageTextToText
     raise ModelError(
         f"{source}: transformers {transformers.__version__} has no model of type {config.model_type!r} that only "
         "decodes text, alone or with images before it. Encoders, and encoders with a decoder, are not pruned."

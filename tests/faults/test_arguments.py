@@ -1,5 +1,6 @@
 """What `prune` and `permute` refuse before any work: arguments of another kind, and models that do not decode text."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,19 @@ def test_encoders_in_a_folder_are_refused(tmp_path: Path, refused):
     with pytest.raises(errors.ModelError, match="is an encoder"):
         inspect(tmp_path / "bert")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_an_encoder_beside_the_decoder_is_refused_and_that_of_the_decoder_is_not(tmp_path: Path):
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 48))}
+    config = t.BartConfig(vocab_size=128, d_model=32, max_position_embeddings=64, **sizes)
+    t.BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
+    t.BartForCausalLM(config).save_pretrained(tmp_path / "decoder")
+    settings: dict[str, Any] = SMALL | {"dataset": TOKENS % 128, "method": "wanda"}
+    doors = (partial(convexprune.prune, **settings), inspect, partial(convexprune.advise, bits=4.0))
+    for door in doors:
+        with pytest.raises(errors.ModelError, match="'bart' that only decodes.* Encoders, and encoders with a decoder"):
+            door(tmp_path / "bart")
+        assert door(tmp_path / "decoder")
 
 
 def test_a_decoder_of_such_a_family_is_pruned():
