@@ -96,6 +96,8 @@ def read_documents(source: str | Path) -> Documents:
     if path.suffix not in TEXT_FILES:
         there = f"{path} exists; " if is_file(str(path)) else f"{shown(str(path))}: "
         raise CalibrationError(f"{there}files of text end in {' or '.join(TEXT_FILES)}. Give such a file.")
+    if field and path.suffix == ".txt":
+        raise CalibrationError(f"{source}: a .txt file is one text without fields. Give {path}, or a .jsonl file.")
     try:
         content = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, RuntimeError) as cause:

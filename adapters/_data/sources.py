@@ -35,8 +35,8 @@ def parts_of(dataset: Any) -> list[Part]:
     shares = [share for _, share in pairs if share is not None]
     if len(pairs) > 1 and len(shares) not in (0, len(pairs)):
         raise CalibrationError(f"{shown(dataset)}: give all parts a share, as in a.txt:0.5,self:0.5, or none of them.")
-    if not all(0 < share < inf for share in shares) or len({name for name, _ in pairs}) < len(pairs):
-        raise CalibrationError(f"{shown(dataset)}: shares are numbers above 0, and no part stands there twice.")
+    if not all(0 < share < inf for share in shares) or len({name for name, _ in pairs if name}) < len(pairs):
+        raise CalibrationError(f"{shown(dataset)}: shares are numbers above 0, and no part is empty or there twice.")
     total = sum(shares) or len(pairs)
     return [(name, (1.0 if share is None else share) / total) for name, share in pairs]
 

@@ -162,7 +162,9 @@ def test_a_folder_with_an_encoder_beside_the_decoder_is_refused_and_that_of_the_
     settings: dict[str, Any] = SMALL | {"dataset": TOKENS % 128, "method": "wanda"}
     doors = (partial(convexprune.prune, **settings), inspect, partial(convexprune.advise, bits=4.0))
     for door in doors:
-        with pytest.raises(errors.ModelError, match="'bart' that only decodes.* Encoders, and encoders with a decoder"):
+        with pytest.raises(
+            errors.ModelError, match=r"'bart' that only decodes.* Encoders, and encoders with a decoder"
+        ):
             door(tmp_path / "bart")
         assert door(tmp_path / "decoder")
 

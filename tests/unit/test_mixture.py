@@ -66,6 +66,10 @@ REFUSED = {
     "{0}:0.5,self": "all parts",
     "{0}:0,self:1": "above 0",
     "{0},{0}": "twice",
+    "{0},": "is empty",
+    ":1,{0}:1": "is empty",
+    "{0}#body": "text without fields",
+    "{0}#body,self": "text without fields",
     "{0},nowhere.txt": "nowhere",
     "{0},c5": "c5",
 }
