@@ -144,6 +144,11 @@ def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
         check_folder(path, allow_pickle=True)
     if not path.exists() and (isinstance(source, Path) or str(source).count("/") > 1 or str(source)[0] in "./~"):
         raise ModelError(f"{source}: no such folder or file. Give a folder, a config.json, or a name on the hub.")
+    if path.is_file() and path.suffix == ".gguf":  # what transformers reads of experts there is wrong
+        raise ModelError(
+            f"{source}: a GGUF file has no config.json, which is all that is read here. Give the model that it was "
+            "made from. `convexprune prune ... --dry-run` reads the file itself."
+        )
     place: dict[str, Any] = place_of(str(path if path.exists() else source)) | {"trust_remote_code": trust_remote_code}
     config = ask(str(source), lambda: AutoConfig.from_pretrained(**place))
     if path.is_dir():

@@ -19,6 +19,7 @@ from convexprune.adapters._inspection.inspection import TRIALS, inspect
 from convexprune.adapters._inspection.outline import read_outline
 from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
+from convexprune.validation._advice import advise
 from convexprune.validation._timing import peak_memory
 
 LLAMA_2_70B = {
@@ -196,3 +197,10 @@ def test_a_place_without_a_configuration_is_refused(tmp_path: Path):
         inspect(tmp_path)
     with pytest.raises(ModelError, match="no such folder"):
         inspect(tmp_path / "missing")
+
+
+def test_a_gguf_file_is_refused_with_what_to_give_instead(tmp_path: Path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    for door in (inspect, lambda path: advise(path, bits=4.0)):
+        with pytest.raises(ModelError, match=r"a GGUF file has no config\.json.*Give the model that it was made from"):
+            door(tmp_path / "model.gguf")
