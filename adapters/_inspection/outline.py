@@ -118,9 +118,12 @@ class Outline:
     ends: tuple[str, ...]  # names of embedding and head
 
 
-def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
+def read_outline(source: str | Path | PreTrainedModel, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
     """Return the outline of a model from its configuration, by a run's discovery on random weights."""
-    config = _config(source, trust_remote_code)
+    if isinstance(source, PreTrainedModel):
+        config, source = source.config, source.name_or_path or type(source).__name__
+    else:
+        config = _config(source, trust_remote_code)
     refuse_quantized(config)
     reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
     dtype = recipe.torch_dtype or getattr(config, "dtype", None) or torch.float32
@@ -147,7 +150,7 @@ def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
     if path.is_file() and path.suffix == ".gguf":  # what transformers reads of experts there is wrong
         raise ModelError(
             f"{source}: a GGUF file has no config.json, which is all that is read here. Give the model that it was "
-            "made from. `convexprune prune ... --dry-run` reads the file itself."
+            "made from."
         )
     place: dict[str, Any] = place_of(str(path if path.exists() else source)) | {"trust_remote_code": trust_remote_code}
     config = ask(str(source), lambda: AutoConfig.from_pretrained(**place))
@@ -229,8 +232,8 @@ def method_of(recipe: Recipe, pruner: AbstractPruner) -> Cost:
     return needs if grid is None else needs.then(recipe.layer_settings().quantizer.cost(grid, dense))
 
 
-def device_bytes(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> int:
-    outline = read_outline(source, recipe, trust_remote_code)
+def device_bytes(model: PreTrainedModel, recipe: Recipe, trust_remote_code: bool = False) -> int:
+    outline = read_outline(model, recipe, trust_remote_code)
     return cost.memory(outline.size, setting_of(recipe, outline)).device
 
 

@@ -174,7 +174,7 @@ class InFolder(Request):
         if not loaded.streams:  # once it is pruned in place, it is too late
             self._evaluate(report, "dense", loaded, windows)
         on_gpu = not is_host(torch.device(self.device))
-        needed = adapters.device_bytes(self.source, self.recipe, self.call.trust_remote_code) if on_gpu else 0
+        needed = adapters.device_bytes(loaded.model, self.recipe, self.call.trust_remote_code) if on_gpu else 0
         store = FolderStore(self.folder.work, len(loaded.layers), self.device, room_on(self.device, needed))
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)

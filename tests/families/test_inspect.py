@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from convexprune import _cli as cli
 from convexprune._layerwise.model import DecoderLayer, Group
+from convexprune._runs import cost
 from convexprune._runs.cost import Speed
 from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, load
 from convexprune.adapters._discovery.experts import fused_parameters
 from convexprune.adapters._inspection import inspection
 from convexprune.adapters._inspection.inspection import TRIALS, inspect
-from convexprune.adapters._inspection.outline import read_outline
+from convexprune.adapters._inspection.outline import device_bytes, read_outline, setting_of
 from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.validation._advice import advise
@@ -204,3 +205,13 @@ def test_a_gguf_file_is_refused_with_what_to_give_instead(tmp_path: Path):
     for door in (inspect, lambda path: advise(path, bits=4.0)):
         with pytest.raises(ModelError, match=r"a GGUF file has no config\.json.*Give the model that it was made from"):
             door(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_run_on_a_gpu_knows_its_needs_whatever_the_model_came_from(tmp_path: Path, on_disk: bool):
+    model, recipe = build_family("llama"), make_recipe()
+    model.save_pretrained(tmp_path)
+    if on_disk:
+        model = load(tmp_path, device="cpu").model
+    outline = read_outline(tmp_path, recipe)
+    assert device_bytes(model, recipe) == cost.memory(outline.size, setting_of(recipe, outline)).device > 0
