@@ -121,12 +121,13 @@ class Outline:
 def read_outline(source: str | Path | PreTrainedModel, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
     """Return the outline of a model from its configuration, by a run's discovery on random weights."""
     if isinstance(source, PreTrainedModel):
-        config, source = source.config, source.name_or_path or type(source).__name__
+        config, stored, source = source.config, source.dtype, source.name_or_path or type(source).__name__
     else:
         config = _config(source, trust_remote_code)
+        stored = getattr(config, "dtype", None) or torch.float32
     refuse_quantized(config)
     reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
-    dtype = recipe.torch_dtype or getattr(config, "dtype", None) or torch.float32
+    dtype = recipe.torch_dtype or stored
     with parameters_on_meta():
         built = ask(str(source), lambda: reader.from_config(config, dtype=dtype, **remote))
     model = RandomModel(built, name=str(source), targets=recipe.targets, ignore=recipe.ignore)

@@ -155,7 +155,9 @@ def test_encoders_in_a_folder_are_refused(tmp_path: Path, refused):
 
 
 def test_a_folder_with_an_encoder_beside_the_decoder_is_refused_and_that_of_the_decoder_is_not(tmp_path: Path):
-    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 48))}
+    sizes: dict[str, Any] = {
+        f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 48))
+    }
     config = t.BartConfig(vocab_size=128, d_model=32, max_position_embeddings=64, **sizes)
     t.BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
     t.BartForCausalLM(config).save_pretrained(tmp_path / "decoder")
