@@ -33,9 +33,7 @@ def prune(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Check everything, say what would be done, and do nothing.", rich_help_panel="run"
-        ),
+        typer.Option("--dry-run", help="Check everything, and say what would be done.", rich_help_panel="run"),
     ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print a line for each operator as well.", rich_help_panel=PRINTED)

@@ -235,8 +235,7 @@ class Call(Progress, Output, Opening):
     )
     private: bool | None = setting(
         None,
-        "Of push_to_hub: whether a new repository is private. Left out: as its owner has chosen, on the hub mostly "
-        "public.",
+        "Of push_to_hub: a new repository is private. Left out: as its owner has chosen, mostly public.",
     )
     executor: str = setting(
         "serial",

@@ -139,7 +139,7 @@ class TargetSettings(Settings):
         choices=("uniform", "columns", "rows", "curve", "half-curve", "measured", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(
-        ("Linear",), "Operators to prune: a name, its last parts, re:REGEX, or Linear for all; repeat it for more."
+        ("Linear",), "Operators to prune: a name or its last parts, re:REGEX, Linear for all; repeat for more."
     )
     ignore: tuple[str, ...] = setting((), "Operators to leave alone, named the same way; repeat it for more.")
     rules: tuple[Rule, ...] = setting(
