@@ -171,10 +171,11 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
         # Releases before this class always unpack a GGUF file; later ones only if there is no kernel for its blocks.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = ask(source, lambda: reader.from_pretrained(**options))
-    for name, stored, expected in sorted(info["mismatched_keys"])[:1]:
+    others = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # 4.57 has names alone
+    for name in others[:1]:
         raise ModelError(
-            f"{source}: {name} is {list(stored)} in the checkpoint; by its config.json it should be {list(expected)}. "
-            "Copy or download it again, or correct its config.json."
+            f"{source}: {name} has another shape in the checkpoint than by its config.json, "
+            f"{list(model.state_dict()[name].shape)}. Copy or download it again, or correct its config.json."
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

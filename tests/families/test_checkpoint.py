@@ -68,7 +68,7 @@ def test_a_tensor_of_another_shape_is_named(folder, refused):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.decoder.layers.0.fc1.weight"] = torch.zeros(3, 3)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with refused("a tensor of another shape", r"layers\.0\.fc1\.weight is \[3, 3\].*should be \[\d+, \d+\]"):
+    with refused("a tensor of another shape", r"layers\.0\.fc1\.weight has another shape.*, \[1024, 256\]\."):
         load(folder, device="cpu")
 
 
