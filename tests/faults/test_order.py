@@ -137,6 +137,11 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_that_is_no_path_is_refused():
+    with pytest.raises(errors.OutputError, match="5 is no path"):
+        output_folder(5)  # pyright: ignore[reportArgumentType]
+
+
 def test_permute_refuses_a_width_that_the_pattern_does_not_fit(tiny_opt: HuggingFaceModel):
     with pytest.raises(errors.PatternError, match=r"q_proj: .*no multiple of 7"):
         convexprune.permute(tiny_opt.model, pattern="3:7", dataset=torch.zeros(16, 8, dtype=torch.int64))

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from runs import SETTINGS, place_of
+from runs import SETTINGS
 from tiny_models import TINY
 from typer.testing import CliRunner
 
 import convexprune
 from convexprune import _cli as cli
 from convexprune._storage.files import write_notes
-from convexprune._storage.staging import MARKER, Staging, output_folder
+from convexprune._storage.staging import MARKER, Staging
 from convexprune.errors import ConvexpruneError, OutputError
 
 QUICK: dict[str, Any] = SETTINGS | {"method": "magnitude"}
@@ -236,11 +236,6 @@ def test_nothing_is_put_in_the_place_of_the_root(command: str, sources: Path):
         COMMANDS[command](sources, Path("/"))
 
 
-def test_an_output_that_is_no_path_is_refused():
-    with pytest.raises(OutputError, match="5 is no path"):
-        output_folder(5)  # pyright: ignore[reportArgumentType]
-
-
 def _refuse(**_: object) -> str:
     raise PermissionError(13, "Permission denied")
 
@@ -294,15 +289,3 @@ def test_a_file_makes_no_folder_and_replaces_only_its_like(words: tuple[str, ...
     if words[0] == "report":
         for _ in range(2):
             _command("report", sources / "run", "--output", tmp_path / "page.html")
-
-
-def test_a_run_that_replaces_another_through_a_link_keeps_the_link(sources: Path, tmp_path: Path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
-    shutil.copytree(sources / "run", tmp_path / "disk" / "out")
-    for _ in range(2):
-        convexprune.prune(sources / "dense", output_dir=tmp_path / "link", overwrite=True, sparsity=0.3, **QUICK)
-    assert (tmp_path / "link").readlink() == tmp_path / "disk" / "out"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
-    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
-    assert not place_of(tmp_path / "disk" / "out").exists()

@@ -198,3 +198,15 @@ def test_a_file_that_comes_while_the_run_is_on_keeps_the_old_result(build, done:
     (done / "notes.txt").unlink()
     result = convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, resume=True)
     assert result.report.sparsity == 0.5
+
+
+def test_a_run_that_replaces_another_through_a_link_keeps_the_link(build, done: Path, tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    done.rename(tmp_path / "disk" / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    for _ in range(2):
+        convexprune.prune(build("llama"), **GIVEN, output_dir=tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").readlink() == tmp_path / "disk" / "out"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+    assert not place_of(tmp_path / "disk" / "out").exists()
