@@ -159,7 +159,7 @@ def on_grids(dense: HuggingFaceModel, recipe: Recipe) -> list[str]:
     return adapters.ends(dense) if recipe.embedding is not None or recipe.quantize in FAMILIES else []
 
 
-def touched(dense: HuggingFaceModel, pruned: HuggingFaceModel, recipe: Recipe) -> list[str]:
+def altered(dense: HuggingFaceModel, pruned: HuggingFaceModel, recipe: Recipe) -> list[str]:
     """Return the tensors that a run leaves alone and that are not the dense model's; zeros of a removal are right."""
     operators = [(y.name, o) for y in dense.layers for o in y.operators if isinstance(o, ParameterOperator)]
     changed = [f"{layer}.{operator.place.path}" for layer, operator in operators]

@@ -29,7 +29,7 @@ from convexprune.report import finite
 
 from ._layer_problems import OperatorProblem, SolvedProblem, operator_problems, oracles, solve_blocks
 from ._results import terminal_table
-from ._source import ReportedError, on_grids, open_source, reported_errors, require_same_shapes, touched
+from ._source import ReportedError, altered, on_grids, open_source, reported_errors, require_same_shapes
 
 WIDE = 1024  # above, a split for every row costs too much: rows share one
 SOLVED = ("operator", "problem", "solver", "objective", "difference", "gap", "KKT", "s")
@@ -70,7 +70,7 @@ class Verification:
         comparisons: the solves.
         bounds: the bounds.
         miscounted: operators of a run with other zeros than reported.
-        touched: tensors that a run leaves alone, with other values than in the dense model.
+        altered: tensors that a run leaves alone, with other values than in the dense model.
         errors: reported errors of a run beside measured errors.
         note: what was not compared, and why.
         seconds: total time.
@@ -83,7 +83,7 @@ class Verification:
     comparisons: list[SolvedProblem] = field(default_factory=list)
     bounds: list[BoundReport] = field(default_factory=list)
     miscounted: list[str] = field(default_factory=list)
-    touched: list[str] = field(default_factory=list)
+    altered: list[str] = field(default_factory=list)
     errors: list[ReportedError] = field(default_factory=list)
     note: str = ""
     seconds: float = 0.0
@@ -99,7 +99,7 @@ class Verification:
             for b in self.bounds
             if not (b.lower <= b.error * (1 + self.tolerance) and b.plain_lower <= b.plain_error * (1 + self.tolerance))
         ]
-        found += [f"{name}: it is not the dense model's, and no run changes it" for name in self.touched[:1]]
+        found += [f"{name}: it is not the dense model's, and no run changes it" for name in self.altered[:1]]
         found += [*self.miscounted, *(e.fault for e in self.errors if e.fault)]
         return found if self.comparisons else [*found, "nothing was compared"]
 
@@ -188,7 +188,7 @@ def verify(source: str | Path | None = None, *, on_progress: OnProgress | None =
         require_same_shapes(dense, pruned, reports)
         wrong = miscounted(pruned, reports)
         names, result.miscounted = [name for name in names if name not in wrong], list(wrong.values())
-        result.touched = touched(dense, pruned, recipe)
+        result.altered = altered(dense, pruned, recipe)
         if grids := on_grids(dense, recipe):
             result.note = f"Not compared with the dense model, as they are on grids: {', '.join(grids)}."
     tokens, same = opened.tokens()

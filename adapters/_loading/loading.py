@@ -171,11 +171,11 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
         # Releases before this class always unpack a GGUF file; later ones only if there is no kernel for its blocks.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = ask(source, lambda: reader.from_pretrained(**options))
-    others = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # 4.57 has names alone
-    for name in others[:1]:
+    if others := [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]:  # 4.57: names alone
+        first = min(others)
         raise ModelError(
-            f"{source}: {name} has another shape in the checkpoint than by its config.json, "
-            f"{list(model.state_dict()[name].shape)}. Copy or download it again, or correct its config.json."
+            f"{source}: {first} has another shape in the checkpoint than by its config.json, "
+            f"{list(model.state_dict()[first].shape)}. Copy or download it again, or correct its config.json."
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

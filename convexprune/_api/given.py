@@ -229,7 +229,7 @@ def _copies(call: Call) -> Path | None:
     folder = output_folder(call.report_dir, is_staged=False)
     if os.path.lexists(folder / CONFIG_NAME):
         raise OutputError(
-            f"{folder} holds a model, and reports of others would damage it. Give another report_dir (--save)."
+            f"{folder} holds a model, which the report of another run would damage. Give another report_dir (--save)."
         )
     for name, read in {
         REPORT: lambda: RunFolder(folder).report(),

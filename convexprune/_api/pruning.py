@@ -123,8 +123,8 @@ class InFolder(Request):
         if (preset is None and size is None) or self.executor.rank:
             return
         begin(f"{FORECAST}{self._inspection().forecast}")
-        measured = recipe.pattern == "unstructured" and recipe.sparsity != 0 and recipe.quantize is recipe.bits is None
-        if preset is not None and PRESETS[preset].cost and measured:
+        zeros_alone = recipe.sparsity != 0 and recipe.quantize is None and recipe.bits is None
+        if preset is not None and PRESETS[preset].cost and recipe.pattern == "unstructured" and zeros_alone:
             begin(f"{FORECAST}preset {preset}, measured: {PRESETS[preset].cost}")
         if size is not None:
             begin(f"{FORECAST}{measured_near(8 * self.target / size.weights)}")

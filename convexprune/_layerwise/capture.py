@@ -234,14 +234,14 @@ def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch:
 
 def inputs_by_sample(
     layer: DecoderLayer, stage: Sequence[Group], calls: Calls, batch: Tensor, replayed: Mapping[CachedSubmodule, Tensor]
-) -> dict[Group, Tensor | list[Tensor]]:
+) -> Mapping[Group, Tensor | list[Tensor]]:
     """Run the layer up to a stage: inputs [samples tokens n], of experts a list with the tokens [tokens n] of a sample.
 
     With experts samples run one by one: inside, a routed token does not say whose it is.
     """
     if all(group.token_aligned for group in stage):
         with replaying(replayed):
-            return {**stage_inputs(layer, stage, calls(batch), batch)}
+            return stage_inputs(layer, stage, calls(batch), batch)
     seen: dict[Group, list[Tensor]] = {group: [] for group in stage}
     for i, sample in enumerate(batch.split(1)):
         with replaying({cached_submodule: x[i : i + 1] for cached_submodule, x in replayed.items()}):

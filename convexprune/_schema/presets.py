@@ -60,7 +60,7 @@ def deviations(name: str | None, settings: Mapping[str, Any]) -> str | None:
     """Say which settings are not those of a preset, because they were given; or that it has none for such a run."""
     preset = PRESETS.get(name or "balanced", Preset())
     intended = preset.settings(settings, settings["sparsity"] != 0, settings["quantize"] is not None)
-    if name == "best" and not intended:
-        return "preset='best' changes nothing here: it is for zeros that are unstructured or N:M, and for quantize."
+    if any(preset[:-1]) and not intended:
+        return f"preset={name!r} changes nothing here: it has settings for other runs only (docs/choose.md)."
     others = [f"{n}={settings[n]!r}, not {value!r}" for n, value in intended.items() if settings[n] != value]
     return f"preset={name!r} with settings that were given: {'; '.join(others)}." if others else None

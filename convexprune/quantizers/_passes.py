@@ -83,14 +83,14 @@ class Sweep:
         step, offset = found.scales.spread(columns)
         scales = step.T[order]
         offsets = torch.zeros_like(scales[:, :1]) if offset is None else offset.T[order]
-        # Beginnings lie one below another [width rows, columns]: to go on with one copies its row.
+        # A beginning is a row of these [width rows, columns], so that it is copied in one piece.
         divisors, left = divisible(scales), weight[:, order].repeat(width, 1)
         codes = left.new_empty(columns, width, rows)
         parents = torch.empty_like(codes, dtype=torch.int64)
         cost = torch.full_like(codes[0], torch.inf)
         cost[0] = 0  # all begin alike
         alone = torch.arange(width, device=weight.device)[:, None].expand(width, rows)
-        own = torch.arange(rows, device=weight.device)
+        each_row = torch.arange(rows, device=weight.device)
         for first in range(0, columns, EXCHANGED):
             last = min(first + EXCHANGED, columns)
             part = left[:, : last - first].T.reshape(-1, width, rows)
@@ -105,9 +105,9 @@ class Sweep:
                 cost, place = costs.flatten(0, 1).topk(width, dim=0, largest=False)
                 parents[j] = parent = place % width
                 codes[j] = both.flatten(0, 1).gather(0, place)
-                errors, begin = errors.index_select(0, (parent * rows + own).flatten()), begin.gather(0, parent)
+                errors, begin = errors.index_select(0, (parent * rows + each_row).flatten()), begin.gather(0, parent)
                 errors[:, j - first] = off.flatten(0, 1).gather(0, place).flatten()
-            left = left[:, last - first :].index_select(0, (begin * rows + own).flatten())
+            left = left[:, last - first :].index_select(0, (begin * rows + each_row).flatten())
             left -= bare_product(errors, upper[first:last, last:].contiguous())
         end = cost.argmin(0, keepdim=True).expand(width, rows)
         for j in reversed(range(columns)):

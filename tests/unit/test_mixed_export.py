@@ -116,7 +116,7 @@ def test_embedding_and_head_are_on_a_grid_too(family: str, tmp_path: Path):
     assert [*convexprune.Report.from_json((run / "report.json").read_text()).ends] == ends
     assert all(Grid(8).violation(stored[f"{name}.weight"]) == 0 for name in ends)
     verified = convexprune.verify(run, dataset=RUN["dataset"], sample=1)
-    assert not verified.touched and verified.note.endswith(f"as they are on grids: {', '.join(ends)}.")
+    assert not verified.altered and verified.note.endswith(f"as they are on grids: {', '.join(ends)}.")
     assert convexprune.pack(run, tmp_path / "pack").bits < 0.85 * plain.bits
     out = convexprune.export(run, tmp_path / "out")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
