@@ -36,4 +36,4 @@ from ._loading.packed import load as load_packed
 from ._removal import find_removal
 from ._removal.base import AbstractRemoval
 from ._saving import miscounted, pruned_entries, require_written, save, save_from_store, save_permuted
-from ._types import TypeChoice, alike, ends, on_grid
+from ._types import TypeChoice, alike, ends, on_grid, require_exportable

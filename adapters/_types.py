@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convexprune._container.layouts import imported
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.context import propagate
 from convexprune._layerwise.folder_store import ENDS, FolderStore
@@ -197,6 +200,16 @@ def alike(layers: Sequence[DecoderLayer]) -> list[list[str]]:
             else:
                 experts += names
     return [*groups, experts] if experts else groups
+
+
+def require_exportable(
+    folder: Path | None, layers: Sequence[DecoderLayer], ends: Iterable[str], left_alone: Iterable[str]
+) -> None:
+    """Refuse, before a run, a model whose codes no file of compressed-tensors can hold."""
+    alike(layers)
+    if folder is not None and any(folder.glob("*.safetensors")):
+        operators = sum(prod(operator.shape) for layer in layers for operator in layer.operators)
+        imported("compressed-tensors").require_matrices(folder, operators, ends, left_alone)
 
 
 def ends(model: HuggingFaceModel) -> list[str]:

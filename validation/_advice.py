@@ -17,7 +17,7 @@ from convexprune._device.switches import pinned
 from convexprune._schema import functions as doors
 from convexprune._schema.functions import MEASURED_ON
 from convexprune._schema.parameters import documented
-from convexprune.adapters import Outline, alike, bundled_if_none, read_outline
+from convexprune.adapters import Outline, alike, bundled_if_none, read_outline, require_exportable
 from convexprune.errors import DependencyError, ModelError, RecipeError
 from convexprune.recipe import make_recipe
 
@@ -174,12 +174,10 @@ def _sizes(folder: Path, outline: Outline, layout: str) -> Iterator[tuple[str, t
     yield f"--quantize {layout} --target SIZE", (mixed.least, mixed.most)
 
 
-def _why_no_export(folder: Path, outline: Outline, operators: int) -> list[str]:
+def _why_no_export(folder: Path, outline: Outline) -> list[str]:
     """Return why `export` refuses the model once quantized, if it does, and which ways are left out for it."""
     try:
-        alike(outline.layers)
-        if any(folder.glob("*.safetensors")):
-            imported("compressed-tensors").require_matrices(folder, operators, outline.ends, outline.left_alone)
+        require_exportable(folder, outline.layers, outline.ends, outline.left_alone)
     except ModelError as cause:
         left = ", ".join(way.name for way in measured() if way.then == "export")
         return [f"Without {left}, which export refuses: {cause}"]
@@ -244,7 +242,7 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
         return Advised(way, int(disk / 8), int(memory / 8), bits, faster, reached[kind], commands)
 
     folder = Path(source)
-    refused = _why_no_export(folder, outline, operators)
+    refused = _why_no_export(folder, outline)
     taken = [way for way in measured() if not (refused and way.then == "export")]
     ways = map(applied, [Way(AS_IT_IS, "", "", 16, 16, 1, 1, 1, ""), *taken])
     found = sorted(ways, key=lambda each: (not each.reaches, each.way.times, bool(each.commands), each.disk))

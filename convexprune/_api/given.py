@@ -195,7 +195,7 @@ def _refused_export(model: HuggingFaceModel, recipe: Recipe) -> str | None:
             named = {"architectures": [type(model.model).__name__]}
             imported("gguf").GGUFModel(settings | named, Path(model.folder or "This model"))
         elif isinstance(grid, Grid):
-            adapters.alike(model.layers)
+            adapters.require_exportable(model.folder, model.layers, adapters.ends(model), dict(model.left_alone))
     except DependencyError as error:
         return f"Whether `convexprune export` will take the result is not known yet. {error}"
     except ModelError as error:
