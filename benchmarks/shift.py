@@ -3,8 +3,9 @@
     python benchmarks/shift.py [MODEL] --dataset text.txt --other text.txt --layers 3,12,21
 
 Directions are those of the sample's correlations; a band has the eigenvalues between its two numbers. Its figure is the
-mean energy of its directions on another text, over the eigenvalue. *Burstiness* is that of `convexprune.core`; beside
-it, the variance of the change of an input's log energy over it. Medians over the operators.
+mean energy of its directions on another text, over the eigenvalue. *Noise* and *burstiness* are those of
+`convexprune.core`; beside them, the share of the sample's correlations that the text has, <C_other, C> / <C, C> of
+entries off the diagonal, and the variance of the change of an input's log energy. Medians over the operators.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from convexprune import Moments
 from convexprune.adapters import EMBEDDED, calibration_and_held_out, load, text_windows
-from convexprune.core import burstiness
+from convexprune.core import burstiness, sampling_noise
 
 BANDS = (1e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
@@ -45,8 +46,8 @@ def main() -> None:
     for name in weights:
         kinds[name.rpartition(".")[2]].append(name)
     bands = " | ".join(f"{low:g} to {high:g}" for low, high in pairwise(BANDS))
-    print(f"| text | operator | burstiness | variance over it | {bands} |")
-    print("|" + "---|" * (3 + len(BANDS)))
+    print(f"| text | operator | noise | shared | burstiness | variance over it | {bands} |")
+    print("|" + "---|" * (5 + len(BANDS)))
     for text in args.other:
         seen = watch(model, weights, text_windows(Path(text), model, args.length)[: args.windows], torch.float32)
         for kind, names in kinds.items():
@@ -57,16 +58,19 @@ def main() -> None:
 
 
 def row(folds: tuple[Moments, Moments], other: Moments) -> list[float | None]:
-    """Return the burstiness, the variance of the change of log energies over it, and the change of each band."""
+    """Return noise, shared correlations, burstiness, the variance of changed log energies, and the change by band."""
     ours, theirs = ((folds[0] + folds[1]).gram.double(), other.gram.double())
     live = (ours.diagonal() > 0) & (theirs.diagonal() > 0)
     ours, theirs = ours[live][:, live], theirs[live][:, live]
     changes = (theirs.diagonal() / ours.diagonal()).log()
     scale = ours.diagonal().sqrt()
-    eigenvalues, directions = torch.linalg.eigh(ours / scale / scale[:, None])
+    correlations = ours / scale / scale[:, None]
+    eigenvalues, directions = torch.linalg.eigh(correlations)
     energies = ((theirs / scale / scale[:, None]) @ directions * directions).sum(0)
     found = burstiness(folds)
-    return [found, float(changes.var()) / found, *in_bands(eigenvalues, energies)]
+    root, off = theirs.diagonal().sqrt(), correlations.fill_diagonal_(0)
+    shared = float((off * (theirs / root / root[:, None])).sum() / off.square().sum())
+    return [sampling_noise(folds), shared, found, float(changes.var()) / found, *in_bands(eigenvalues, energies)]
 
 
 def in_bands(eigenvalues: Tensor, energies: Tensor) -> list[float | None]:

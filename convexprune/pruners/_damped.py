@@ -18,15 +18,20 @@ PRIOR_GAIN, PRIOR_TOKENS, LARGEST_PRIOR = 6, 4, 0.2
 """The prior, in units of a typical energy: times the cube of the noise, and that many over the tokens."""
 LARGEST_NOISE = 0.5
 """The noise of a single sample, which has no halves, is as measured elsewhere: inputs over tokens, at most this."""
+CODES_RIDGE, CODES_SATURATING, CODES_TOKENS = (4, 1.0), (25, 3.0), 2**14
+"""For codes, ridge and saturating part over the noise, and their largest values; and the tokens of that noise."""
 
 
-def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
+def choose_damping(problem: LayerProblem, damping: float | None, codes: bool = False) -> Damping:
     """Return the damping that the noise of the tokens asks for, or a ridge of strength `damping`.
 
     An exact solver fits the noise. Half against half, an eigenvalue below the knee is too small by about the same
     factor whatever its size. A saturating pull makes up for that. A part of it is for texts of another kind. These
     change the energies of bursty inputs most, so the pull draws such energies to the typical one. The ridge is for
     directions, the prior for inputs, without energy in the sample (lab/tried.md has what else was tried).
+
+    Codes of a dense weight take more of both, for the correlations of a noisy sample are not those of other texts. More
+    tokens lower the noise and change nothing of that, so the noise counts as that of `CODES_TOKENS` at most.
     """
     if damping is not None:
         return Damping(damping)
@@ -35,7 +40,12 @@ def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
     noise = sampling_noise(problem.folds) if problem.folds else min(LARGEST_NOISE, shortage)
     ridge = min(max(RIDGE_RANGE[0], RIDGE_GAIN * shortage), RIDGE_RANGE[1])
     prior = min(LARGEST_PRIOR, PRIOR_GAIN * noise**3 + PRIOR_TOKENS / tokens)
-    return Damping(ridge, noise + DOMAIN_SHIFT, prior * problem.typical_energy, _levelling(problem))
+    saturating = noise + DOMAIN_SHIFT
+    if codes:
+        shift = noise * max(1, tokens / CODES_TOKENS)
+        ridge = max(ridge, min(CODES_RIDGE[0] * shift, CODES_RIDGE[1]))
+        saturating = min(DOMAIN_SHIFT + CODES_SATURATING[0] * shift, CODES_SATURATING[1])
+    return Damping(ridge, saturating, prior * problem.typical_energy, _levelling(problem))
 
 
 def _levelling(problem: LayerProblem) -> float:

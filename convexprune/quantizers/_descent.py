@@ -41,7 +41,7 @@ class Descent(AbstractQuantizer):
         sweeps: over all columns, before and after the scales, at most. A row in which no code moves is done.
         rounds: how often scales and codes take turns, at most; 0: the scales stay as they begin.
         beam: sweeps of the beam; 1: none. The report compares the error of a few rows with what a beam of 64 finds.
-        damping: as of the pruners; None: of the pruner that found the zeros, or from the sample's noise.
+        damping: a ridge; None: that of the pruner that found the zeros, or from the sample's noise.
     """
 
     sweeps: Whole = 3
@@ -59,10 +59,10 @@ class Descent(AbstractQuantizer):
         return Cost(4.5, 13.0 + 6.6 * self.beam, 1 + 2 * descent + self.beam, 2, 4.0)
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        damping = choose_damping(problem, self.damping) if self.damping is not None else pruned.damping
-        quadratic = damped(problem, damping or choose_damping(problem, None))
+        dense, damping = bool(pruned.mask.all()), pruned.damping if self.damping is None else None
+        quadratic = damped(problem, damping or choose_damping(problem, self.damping, codes=dense))
         assert quadratic.anchor is not None
-        gram, dense = quadratic.gram, bool(pruned.mask.all())
+        gram = quadratic.gram
         weight = minimizer(quadratic.cross, gram, quadratic.anchor) if dense else pruned.weight
         sweep = cache(lambda: Sweep(gram))
 

@@ -24,7 +24,7 @@ class Forecast:
     def __init__(self, problem: LayerProblem) -> None:
         filled = replace(problem, moments=problem.moments.with_dead_inputs_filled(problem.weight))
         self._weight = problem.weight
-        self._gram = damped(filled, choose_damping(filled, None)).gram
+        self._gram = damped(filled, choose_damping(filled, None, codes=True)).gram
         self._sweep = Sweep(self._gram)
         self._metric = self._sweep.shape.square().reciprocal()
 

@@ -81,8 +81,9 @@ def test_steps_of_columns_and_descent_are_worth_it(bits: float):
     errors = dict.fromkeys(("descent", "gptq", "rtn"), 0.0)
     for seed in range(4):
         problem, before = posed(seed, bits)
+        loose = replace(before, damping=choose_damping(problem, None))  # as zeros have: this is the error of the sample
         for name in errors:
-            errors[name] += float(problem.squared_error(QUANTIZERS[name]().quantize(problem, before).weight).sum())
+            errors[name] += float(problem.squared_error(QUANTIZERS[name]().quantize(problem, loose).weight).sum())
     assert errors["descent"] < errors["gptq"] < errors["rtn"]
 
 
@@ -155,7 +156,7 @@ def test_columns_of_outlying_inputs_are_not_cut_off(seed: int):
 @given(seeds, st.sampled_from((2.0, 3.0, 4.5)))
 def test_what_a_sweep_will_cost_is_forecast_from_one_factor(seed: int, bits: float):
     problem, before = posed(seed, bits)
-    damping = choose_damping(problem, None)
+    damping = choose_damping(problem, None, codes=True)
     made = Descent(sweeps=0).quantize(problem, replace(before, damping=damping))
     cost = 2 * damped(problem, damping).values(made.weight).sum()
     assert 0.85 < float(Forecast(problem).errors(problem.pattern).sum() / cost) < 1.1

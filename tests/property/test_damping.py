@@ -60,6 +60,18 @@ def test_damping_grows_with_the_noise(tokens):
     assert damping.levelling == pytest.approx(min(MOST_LEVELLING, shift / (shift + spread)))
 
 
+@pytest.mark.parametrize("tokens", [24, 1500, 20_000])
+def test_codes_take_more_damping_and_no_less_of_it_for_more_than_16_thousand_tokens(tokens: int):
+    layer = correlated(0, tokens=tokens)
+    problem = layer_problem(layer, Unstructured(0.5), folds=folds_of(layer))
+    of_zeros, of_codes = (choose_damping(problem, None, codes=codes) for codes in (False, True))
+    shift = sampling_noise(problem.folds) * max(1, tokens / 2**14)
+    assert of_codes.ridge == pytest.approx(max(of_zeros.ridge, min(1.0, 4 * shift)))
+    assert of_codes.saturating == pytest.approx(min(3.0, 0.25 + 25 * shift))
+    assert (of_codes.prior, of_codes.levelling) == (of_zeros.prior, of_zeros.levelling)
+    assert choose_damping(problem, 0.2, codes=True) == Damping(0.2)
+
+
 def test_bursty_inputs_are_levelled_and_steady_ones_hardly():
     """The same energies, a thousand times as much at an end as at the other: from all tokens, or from few of them."""
     energies, tokens = torch.logspace(0, 1.5, 32), random(0, 4000, 32)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pruning_cases import correlated, layer_problem
 from strategies import Layer, random, seeds
+from test_damping import folds_of
 from torch import Tensor
 
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
@@ -16,7 +17,7 @@ from convexprune.constraints._ggml import Q4_K
 from convexprune.constraints._grid import NF4, ROW
 from convexprune.constraints._scales import Scales, spread
 from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
-from convexprune.pruners._damped import damped
+from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest
 from convexprune.quantizers._descent import _gram_of_scales, fitted_scales
 from convexprune.quantizers._passes import Sweep, exchanged, minimizer
@@ -204,11 +205,29 @@ def test_a_sweep_is_the_published_one(seed: int):
 
 def test_calibrated_codes_have_a_lower_error_than_rounding():
     problem = posed(3, Unstructured(0.0))
+    before = replace(dense(problem), damping=choose_damping(problem, None))  # as zeros have, for the sample's error
     errors = {
-        name: float(problem.squared_error(kind().quantize(problem, dense(problem)).weight).sum())
+        name: float(problem.squared_error(kind().quantize(problem, before).weight).sum())
         for name, kind in QUANTIZERS.items()
     }
     assert errors["descent"] < errors["gptq"] < errors["rtn"]
+
+
+def test_codes_fit_texts_of_another_kind_better_than_by_the_damping_of_zeros():
+    """Half of the noisy sample's correlations are those of another kind of text."""
+    ratios = []
+    for seed in range(4):
+        seen, other = correlated(seed, m=6, n=64, tokens=400), correlated(seed + 10, m=6, n=64, tokens=4000)
+        problem = layer_problem(seen, Quantized(Unstructured(0.0), GRID), folds=folds_of(seen))
+        gram = problem.gram + other.moments.gram * (
+            problem.gram.diagonal().mean() / other.moments.gram.diagonal().mean()
+        )
+        errors = []
+        for damping in (choose_damping(problem, None), None):
+            off = Descent().quantize(problem, replace(dense(problem), damping=damping)).weight - problem.weight
+            errors.append(float((off @ gram * off).sum()))
+        ratios.append(errors[1] / errors[0])
+    assert max(ratios) < 1 and sum(ratios) / len(ratios) < 0.97
 
 
 @pytest.mark.parametrize("kind", [Nearest, GPTQ, Descent])
