@@ -147,7 +147,8 @@ def test_the_step_of_measured_types_is_between_types_that_all_can_have():
 
 
 def routed(model: Any, window: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits, and True for tokens whose routers are not next to a tie, where rounding takes another expert."""
+    """Return logits, and True for tokens before the first whose router is next to a tie: rounding may take another
+    expert there, and later tokens attend to such a token."""
     margins = list[Tensor]()
 
     def watch(gate: Any, inputs: tuple[Tensor, ...], _: Any) -> None:
@@ -158,7 +159,7 @@ def routed(model: Any, window: Tensor) -> tuple[Tensor, Tensor]:
     for gate in (module for name, module in model.named_modules() if name.endswith("mlp.gate")):
         gate.register_forward_hook(watch)
     logits = model(window[None]).logits[0]
-    return logits, torch.stack([torch.full((len(window),), torch.inf), *margins]).amin(0) > 0.02
+    return logits, (torch.stack([torch.full((len(window),), torch.inf), *margins]).amin(0) > 0.02).cumprod(0).bool()
 
 
 @pytest.mark.llamacpp
@@ -172,7 +173,7 @@ def test_llama_cpp_opens_a_file_of_a_size(family: str, tmp_path: Path):
     with torch.no_grad():
         here, sure = routed(AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32), window)
     there = LlamaCpp(as_float32(path, tmp_path / "float32.gguf"), 64).logits(window)
-    assert int(sure.sum()) >= 50
+    assert int(sure.sum()) >= 16
     spread = (here - here.mean(-1, keepdim=True))[sure].norm()
     assert float((there - here)[sure].norm() / spread) < 0.02  # bfloat16 weights here
     assert LlamaCpp(path, 64).logits(window).isfinite().all()
