@@ -37,7 +37,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3moe": ("Qwen3Moe", MIXTURE | {"num_experts": 3, "norm_topk_prob": True, "head_dim": 64}),
 }
-RUN: dict[str, Any] = SETTINGS | {"sparsity": 0, "quantizer_args": {"beam": 1}}  # a beam is slow, and changes no size
+QUICK = {"quantizer_args": {"sweeps": 1, "rounds": 0, "beam": 1}}  # files do not depend on them
+RUN: dict[str, Any] = SETTINGS | QUICK | {"sparsity": 0}
 HEADS = {"attn_q": 4, "attn_k": 2}
 
 
@@ -136,7 +137,7 @@ INTS = (
     ({"quantize": "int4"}, "Q4_0"),
     ({"quantize": "int5"}, "Q5_0"),
     ({"quantize": "int8", "sparsity": 0.5}, "Q8_0"),
-    ({}, "F32"),
+    ({"quantizer_args": {}}, "F32"),
 )
 
 
