@@ -28,6 +28,7 @@ from convexprune.validation._texts import text_of
 
 WAYS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "ours, no beam": {"quantizer_args": {"beam": 1}},
     "ours, tokens alike": {"token_weights": "none"},
     "ours, tokens by the loss": {"token_weights": "loss"},
 }
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--eval-text", nargs="+", required=True)
     parser.add_argument("--types", nargs="+", default=["q4_k", "q2_k", "iq4_nl"])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=["ours"], choices=WAYS)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=40, help="of each text to evaluate on")

@@ -19,7 +19,7 @@ PRIOR_GAIN, PRIOR_TOKENS, LARGEST_PRIOR = 6, 4, 0.2
 LARGEST_NOISE = 0.5
 """The noise of a single sample, which has no halves, is as measured elsewhere: inputs over tokens, at most this."""
 CODES_RIDGE, CODES_SATURATING, CODES_TOKENS = (4, 1.0), (25, 3.0), 2**14
-"""For codes, ridge and saturating part over the noise, and their largest values; and the tokens of that noise."""
+"""For codes: the ridge over the noise and its limit, the saturating part's likewise, and the tokens of that noise."""
 
 
 def choose_damping(problem: LayerProblem, damping: float | None, codes: bool = False) -> Damping:
@@ -30,8 +30,9 @@ def choose_damping(problem: LayerProblem, damping: float | None, codes: bool = F
     change the energies of bursty inputs most, so the pull draws such energies to the typical one. The ridge is for
     directions, the prior for inputs, without energy in the sample (lab/tried.md has what else was tried).
 
-    Codes of a dense weight take more of both, for the correlations of a noisy sample are not those of other texts. More
-    tokens lower the noise and change nothing of that, so the noise counts as that of `CODES_TOKENS` at most.
+    Codes of a dense weight take more of the ridge and of the saturating part: the correlations of a noisy sample are
+    not those of other texts. More tokens lower the noise, but not this difference. So the noise of a longer sample
+    counts as that of `CODES_TOKENS` tokens.
     """
     if damping is not None:
         return Damping(damping)

@@ -7,7 +7,9 @@ from convexprune._device.precision import bare_product
 from convexprune.constraints import OnGrid, divisible
 from convexprune.core import definite_factor, upper_factor
 
-SWEPT, EXCHANGED = 128, 64  # columns between two products
+SWEPT, EXCHANGED = 128, 256  # columns between two products
+ONE_BY_ONE = 16  # columns of these between which a move is seen at once
+FEW = 0.03  # of the entries of a product: a sparse one is faster on a CPU
 ROOM = 2**24  # entries of a beam, of some rows at a time
 
 
@@ -83,21 +85,37 @@ class Sweep:
         step, offset = found.scales.spread(columns)
         scales = step.T[order]
         offsets = torch.zeros_like(scales[:, :1]) if offset is None else offset.T[order]
-        # A beginning is a row of these [width rows, columns], so that it is copied in one piece.
-        divisors, left = divisible(scales), weight[:, order].repeat(width, 1)
-        codes = left.new_empty(columns, width, rows)
+        divisors = divisible(scales)
+        codes = scales.new_empty(columns, width, rows)
         parents = torch.empty_like(codes, dtype=torch.int64)
         cost = torch.full_like(codes[0], torch.inf)
         cost[0] = 0  # all begin alike
-        alone = torch.arange(width, device=weight.device)[:, None].expand(width, rows)
         each_row = torch.arange(rows, device=weight.device)
-        for first in range(0, columns, EXCHANGED):
-            last = min(first + EXCHANGED, columns)
-            part = left[:, : last - first].T.reshape(-1, width, rows)
-            errors, begin = left.new_zeros(width * rows, last - first), alone
-            for j in range(first, last):
-                pushed = (errors[:, : j - first] @ upper[first:j, j]).view(width, rows)
-                wanted = part[j - first].gather(0, begin) - pushed + offsets[j]
+        alone = torch.arange(width, device=weight.device)[:, None].expand(width, rows)
+
+        def going_on(beginnings: Tensor, chosen: Tensor) -> Tensor:
+            return beginnings.index_select(0, (chosen * rows + each_row).flatten())
+
+        def branch(left: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+            """Choose codes of some columns, of which earlier ones `left` [width rows, columns].
+
+            Returned are their errors, and of which beginning each is that stays.
+            """
+            nonlocal cost
+            if last - first > ONE_BY_ONE:  # by halves, so that little is copied and products are large
+                middle = (first + last) // 2
+                errors, begin = branch(left[:, : middle - first], first, middle)
+                rest = going_on(left[:, middle - first :], begin)
+                rest -= bare_product(errors, upper[first:middle, middle:last].contiguous())
+                more, since = branch(rest, middle, last)
+                if last == columns:  # nothing is left to subtract errors from
+                    return more, since
+                return torch.cat([going_on(errors, since), more], dim=1), begin.gather(0, since)
+            part, begin = left.T.reshape(-1, width, rows), alone
+            errors = torch.zeros_like(left)
+            for i, j in enumerate(range(first, last)):
+                pushed = (errors[:, :i] @ upper[first:j, j]).view(width, rows)
+                wanted = part[i].gather(0, begin) - pushed + offsets[j]
                 both = torch.stack(found.grid.around(wanted / divisors[j]))
                 off = (wanted - both * scales[j]) / upper[j, j]
                 costs = cost + off.square()
@@ -105,10 +123,11 @@ class Sweep:
                 cost, place = costs.flatten(0, 1).topk(width, dim=0, largest=False)
                 parents[j] = parent = place % width
                 codes[j] = both.flatten(0, 1).gather(0, place)
-                errors, begin = errors.index_select(0, (parent * rows + each_row).flatten()), begin.gather(0, parent)
-                errors[:, j - first] = off.flatten(0, 1).gather(0, place).flatten()
-            left = left[:, last - first :].index_select(0, (begin * rows + each_row).flatten())
-            left -= bare_product(errors, upper[first:last, last:].contiguous())
+                errors, begin = going_on(errors, parent), begin.gather(0, parent)
+                errors[:, i] = off.flatten(0, 1).gather(0, place).flatten()
+            return errors, begin
+
+        branch(weight[:, order].repeat(width, 1), 0, columns)
         end = cost.argmin(0, keepdim=True).expand(width, rows)
         for j in reversed(range(columns)):
             codes[j] = codes[j].gather(0, end)
@@ -123,21 +142,31 @@ def exchanged(gram: Tensor, found: OnGrid, residual: Tensor, mask: Tensor, price
     codes cost (`Codebook.chooser`), at the `price` of a bit in units of q. The residual K [m n] there is overwritten.
     Columns are rows of what is transposed, so that they lie together in memory.
     """
-    grid = found.grid
-    scales = found.scales.spread(len(gram))[0].T.contiguous()
+    grid, scales = found.grid, found.scales.step.T.contiguous()
+    divisors, width = divisible(scales), len(gram) // len(scales)
     copied = torch.contiguous_format  # one row is contiguous both ways: `contiguous` would not copy it
-    codes, kept, diagonal = found.codes.T.clone(memory_format=copied), mask.T.contiguous(), gram.diagonal()[:, None]
-    pulls, choose = divisible(scales) * diagonal, grid.chooser(found.codes, price)
+    codes, kept, diagonal = found.codes.T.clone(memory_format=copied), mask.T.contiguous(), gram.diagonal()
+    choose = grid.chooser(found.codes, price)
     for first in range(0, len(gram), EXCHANGED):
         last = min(first + EXCHANGED, len(gram))
         ahead = residual[:, first:last].T.clone(memory_format=copied)
         steps = torch.empty_like(ahead)
-        for j in range(first, last):
-            best = codes[j] + ahead[j - first] / pulls[j]
-            code = choose(best, pulls[j] * scales[j])
-            code *= kept[j]
-            steps[j - first] = step = (code - codes[j]) * scales[j]
-            codes[j] = code
-            ahead[j - first :] -= gram[j, j:last, None] * step
-        residual.addmm_(steps.T, gram[first:last], alpha=-1)
+        for begin in range(0, last - first, ONE_BY_ONE):
+            end = min(begin + ONE_BY_ONE, last - first)
+            for i, j in enumerate(range(first + begin, first + end), begin):
+                scale, pull = scales[j // width], divisors[j // width] * diagonal[j]
+                code = choose(codes[j] + ahead[i] / pull, pull * scale)
+                code *= kept[j]
+                steps[i] = (code - codes[j]) * scale
+                codes[j] = code
+                ahead[i:end].addr_(gram[j, j : first + end], steps[i], alpha=-1)
+            ahead[end:].addmm_(gram[first + end : last, first + begin : first + end], steps[begin:end], alpha=-1)
+        _subtract_product(residual, steps.T, gram[first:last])
     return OnGrid(grid, found.scales, codes.T.contiguous()), residual
+
+
+def _subtract_product(residual: Tensor, steps: Tensor, gram: Tensor) -> None:
+    """Subtract the product of `steps`, few of which are not zero once codes have settled."""
+    if residual.device.type == "cpu" and int(steps.count_nonzero()) < FEW * steps.numel():
+        steps = steps.to_sparse()
+    residual.addmm_(steps, gram, alpha=-1)

@@ -20,7 +20,7 @@ from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest
 from convexprune.quantizers._descent import _gram_of_scales, fitted_scales
-from convexprune.quantizers._passes import Sweep, exchanged, minimizer
+from convexprune.quantizers._passes import FEW, Sweep, exchanged, minimizer
 
 GRID, HALF = Grid(4, 32), Unstructured(0.5)
 supports = st.sampled_from((Unstructured(0.0), Unstructured(0.5), SemiStructured(2, 4), Unstructured(0.25, "row")))
@@ -126,6 +126,28 @@ def test_an_exchange_of_one_row_is_that_row_of_all(seed: int):
     one, rest = exchanged(quadratic.gram, own, residual[2:3].clone(), mask[2:3], 0.0)
     assert torch.equal(one.codes[0], found.codes[2]) and torch.equal(own.codes, codes)
     assert torch.allclose(rest[0], after[2], rtol=1e-4, atol=1e-4 * float(after.abs().max()))
+
+
+@pytest.mark.parametrize("n", [32, 608])
+def test_an_exchange_is_that_of_one_column_after_another(n: int):
+    """The slow twin subtracts each move from the whole residual at once; the last passes subtract a sparse product."""
+    problem = layer_problem(correlated(1, m=6, n=n, tokens=800), Quantized(HALF, GRID))
+    gram, mask = damped(problem, Damping(0.05)).gram.double(), pruned(problem).mask
+    weight = problem.weight.double() * mask
+    found = OnGrid.nearest(GRID, weight, GRID.fit(weight))
+    residual, codes, scales = (weight - found.weight) @ gram, found.codes.clone(), spread(found.scales.step, n)
+    slow, moves = residual.clone(), []
+    for _ in range(5):
+        before = codes.clone()
+        for j in range(n):
+            best = GRID.nearest(codes[:, j] + slow[:, j] / (scales[:, j] * gram[j, j])) * mask[:, j]
+            slow -= ((best - codes[:, j]) * scales[:, j])[:, None] * gram[j]
+            codes[:, j] = best
+        found, residual = exchanged(gram, found, residual, mask, 0.0)
+        assert torch.equal(found.codes, codes)
+        torch.testing.assert_close(residual, slow)
+        moves.append(float((codes != before).double().mean()))
+    assert moves[0] > FEW > moves[-1]
 
 
 @given(seeds)

@@ -37,7 +37,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3moe": ("Qwen3Moe", MIXTURE | {"num_experts": 3, "norm_topk_prob": True, "head_dim": 64}),
 }
-QUICK = {"quantizer_args": {"sweeps": 1, "rounds": 0, "beam": 1}}  # files do not depend on them
+BY_DEFAULT: dict[str, Any] = {"quantizer_args": {}}
+QUICK = {"quantizer_args": {"sweeps": 1, "rounds": 0, "beam": 1}}  # where only names, types and sizes count
 RUN: dict[str, Any] = SETTINGS | QUICK | {"sparsity": 0}
 HEADS = {"attn_q": 4, "attn_k": 2}
 
@@ -105,7 +106,7 @@ def quantized(source: Path, folder: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize("name", ["q4_k", "q3_k", "iq4_nl"])
 def test_a_file_has_the_values_of_the_folder_in_the_type_that_was_asked_for(name: str, tmp_path: Path):
     source = built("llama", tmp_path / "dense", torch.bfloat16)
-    run = quantized(source, tmp_path / "run", quantize=name, ignore=["o_proj"])
+    run = quantized(source, tmp_path / "run", quantize=name, ignore=["o_proj"], **BY_DEFAULT)
     path = exported(run, tmp_path / "model.gguf")
     there, here = read(path), load_file(run / "model.safetensors")
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
@@ -134,10 +135,10 @@ def test_experts_are_stacked_in_their_order(family: str, tmp_path: Path):
 
 
 INTS = (
-    ({"quantize": "int4"}, "Q4_0"),
+    (BY_DEFAULT | {"quantize": "int4"}, "Q4_0"),
     ({"quantize": "int5"}, "Q5_0"),
     ({"quantize": "int8", "sparsity": 0.5}, "Q8_0"),
-    ({"quantizer_args": {}}, "F32"),
+    (BY_DEFAULT, "F32"),
 )
 
 
