@@ -92,6 +92,8 @@ def read_documents(source: str | Path) -> Documents:
 
     FILE#FIELD names another field.
     """
+    if not str(source):
+        raise CalibrationError(f"'' names no text. Give a file that ends in {' or '.join(TEXT_FILES)}.")
     path, field = split_field(source)
     if path.suffix not in TEXT_FILES:
         there = f"{path} exists; " if is_file(str(path)) else f"{shown(str(path))}: "

@@ -1,5 +1,6 @@
 """The public functions `prune`, `plan`, `permute` and `export`."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from convexprune import adapters
 from convexprune._api.given import name_of, name_of_text, write_copies
 from convexprune._api.pruning import InFolder, InMemory
-from convexprune._api.result import PermuteResult, PruneResult, check_hub
+from convexprune._api.result import PermuteResult, PruneResult, check_hub, held
 from convexprune._container.layouts import LAYOUTS, imported
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
@@ -29,7 +30,7 @@ from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
 from convexprune._storage.files import named
 from convexprune._storage.staging import Staging
-from convexprune.adapters import Inspection, load
+from convexprune.adapters import HuggingFaceModel, Inspection, load
 from convexprune.constraints import FAMILIES
 from convexprune.errors import PatternError, RecipeError, unknown
 from convexprune.recipe import Recipe, make_recipe
@@ -182,10 +183,6 @@ def permute(
         allow_changed=call.allow_changed,
     )
 
-    def read() -> PreTrainedModel:
-        with opened(folder or source).lent() as permuted:
-            return permuted.model
-
     begin("loading the model")
     with adapters.cast_back(source, recipe.torch_dtype), opened(source, stream=folder is not None).lent() as loaded:
         adapters.refuse_headless(loaded.model, {"permute": ""})
@@ -199,8 +196,13 @@ def permute(
             found.apply(loaded.model)
         else:
             adapters.save_permuted(loaded, found, folder)
-        changed = read if loaded.streams else lambda: loaded.model
+        changed = partial(_read, opened, folder or source) if loaded.streams else held(loaded.model)
         return PermuteResult(permutation=found, output_dir=folder, _model=changed)
+
+
+def _read(opened: Callable[..., HuggingFaceModel], source: Any) -> PreTrainedModel:
+    with opened(source).lent() as permuted:
+        return permuted.model
 
 
 @visible

@@ -1,6 +1,7 @@
 """The work of `prune`: in memory, in place; or layer by layer from files to files, resumable."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from convexprune import adapters
 from convexprune._api.given import OF_DATASET, Windows
 from convexprune._api.request import Request
-from convexprune._api.result import PruneResult
+from convexprune._api.result import PruneResult, held
 from convexprune._container.folder import holds_pack, pack_in_place
 from convexprune._container.provenance import plain_checksum, require_only_result
 from convexprune._device.capabilities import is_host
@@ -70,9 +71,8 @@ class InMemory(Request):
             pruned, report.narrowed = narrowed.model(loaded), narrowed.sizes(loaded)
             removed[_record_of_removal(self.recipe)] = narrowed.note()
         mark_sparse(pruned, report)
-        return PruneResult(
-            report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: pruned, _removed=removed
-        )
+        model = held(pruned)
+        return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=model, _removed=removed)
 
 
 logger = logging.getLogger(__name__)
@@ -147,12 +147,12 @@ class InFolder(Request):
             written = not folder.is_finished and self._finish(loaded, windows, report)
         in_place = not loaded.streams and self.removal is None
         if in_place and not written:  # whoever has done the work
-            pruned = self._read()
+            pruned = self._reader()()
             for layer in loaded.layers:
                 loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
         if in_place:
             mark_sparse(loaded.model, folder.report())
-        model = (lambda: loaded.model) if in_place else self._read
+        model = held(loaded.model) if in_place else self._reader()
         return PruneResult(report=folder.report(), tokenizer=loaded.tokenizer, output_dir=folder.folder, _model=model)
 
     def _identity(self, windows: Windows, report: Report) -> dict[str, Any]:
@@ -244,10 +244,9 @@ class InFolder(Request):
                 folder, measured, self.recipe.evaluation, folder, self.recipe.evaluation,
             )  # fmt: skip
 
-    def _read(self) -> PreTrainedModel:
-        return adapters.load_packed(
-            self.folder.folder, device=self.device, trust_remote_code=self.call.trust_remote_code
-        )
+    def _reader(self) -> Callable[[], PreTrainedModel]:
+        trusted = self.call.trust_remote_code
+        return partial(adapters.load_packed, self.folder.folder, device=self.device, trust_remote_code=trusted)
 
 
 def _record_of_removal(recipe: Recipe) -> str:

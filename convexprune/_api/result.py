@@ -3,7 +3,7 @@
 import glob
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,6 +63,15 @@ def upload(
             f"The upload to {name} failed ({type(cause).__name__}: {shown(str(cause))}). Nothing is lost: {kept}"
         ) from cause
     return str(made)
+
+
+def held(model: PreTrainedModel) -> Callable[[], PreTrainedModel]:
+    """Return a function that returns the model, and that can be pickled with it."""
+    return partial(_itself, model)
+
+
+def _itself(model: PreTrainedModel) -> PreTrainedModel:
+    return model
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -34,6 +34,7 @@ ARGUMENTS = {
         r"'It was\. .*\.\.\. \(79,994 characters\): files of text",
     ),
     "a number to evaluate on": ({"evaluation": 5}, "evaluation is a int. Accepted: 'held-out', 'self'"),
+    "an empty data set": ({"dataset": ""}, "'' names no text. Give a file that ends in .txt or .jsonl"),
     "no data set": ({"dataset": None}, "type NoneType cannot calibrate"),
     "a text for a data set": (
         {"dataset": "It was. " * 9999},

@@ -1,10 +1,12 @@
 """The result of a call from Python: it shows itself, and is saved whole or not at all."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
-from runs import SETTINGS
+import torch
+from runs import SETTINGS, TOKENS
 from transformers import AutoModelForCausalLM
 
 import convexprune
@@ -27,6 +29,20 @@ def test_a_result_in_memory_shows_its_facts_and_is_saved_as_a_run_is(build, toke
     written = convexprune.prune(saved, output_dir=tmp_path / "again", **SETTINGS)
     with pytest.raises(OutputError, match=r"lies in .*again already"):
         written.save(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_result_is_pickled_with_its_model(folder: bool, build, tmp_path: Path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    pruned, permuted = (tmp_path / name if folder else None for name in ("pruned", "permuted"))
+    results = (
+        convexprune.prune(tmp_path / "dense", output_dir=pruned, **SETTINGS),
+        convexprune.permute(tmp_path / "dense", output_dir=permuted, pattern="2:4", dataset=TOKENS, num_calibration_samples=4),
+    )
+    for result in results:
+        again = pickle.loads(pickle.dumps(result))
+        for name, parameter in result.model.named_parameters():
+            assert torch.equal(again.model.get_parameter(name), parameter)
 
 
 def test_a_saved_result_has_the_record_of_what_was_removed_and_no_command_that_fails(build, tmp_path: Path):
