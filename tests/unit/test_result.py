@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,11 +34,12 @@ def test_a_result_in_memory_shows_its_facts_and_is_saved_as_a_run_is(build, toke
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_result_is_pickled_with_its_model(folder: bool, build, tmp_path: Path):
-    build("llama").save_pretrained(tmp_path / "dense")
+    build("llama").save_pretrained(dense := tmp_path / "dense")
     pruned, permuted = (tmp_path / name if folder else None for name in ("pruned", "permuted"))
+    text = dict[str, Any](dataset=TOKENS, num_calibration_samples=4)
     results = (
-        convexprune.prune(tmp_path / "dense", output_dir=pruned, **SETTINGS),
-        convexprune.permute(tmp_path / "dense", output_dir=permuted, pattern="2:4", dataset=TOKENS, num_calibration_samples=4),
+        convexprune.prune(dense, output_dir=pruned, **SETTINGS),
+        convexprune.permute(dense, output_dir=permuted, pattern="2:4", **text),
     )
     for result in results:
         again = pickle.loads(pickle.dumps(result))
