@@ -22,7 +22,7 @@ class Documents(NamedTuple):
     def text(self, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, bool]:
         """Return all rows as one text, and whether the tokenizer is to begin it: a chat template begins its own."""
         if all(isinstance(row, str) for row in self.rows):
-            return self.separator.join(self.rows), True
+            return _utf8(self.separator.join(self.rows)), True
         for row in self.rows:
             if not is_conversation(row):
                 raise CalibrationError(f"{shown(str(row)[:60])} is no list of messages with role and content.")
@@ -42,11 +42,25 @@ def is_conversation(row: Any) -> bool:
 
 def _rendered(conversation: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(conversation), tokenize=False, **options))
+        rendered = str(tokenizer.apply_chat_template(list(conversation), tokenize=False, **options))
     except Exception as cause:  # a template raises what it likes
         raise CalibrationError(
             f"The chat template refuses the conversation that begins {shown(str(conversation)[:60])} ({cause})."
         ) from cause
+    return _utf8(rendered)
+
+
+def _utf8(text: str) -> str:
+    """Refuse a text that has no bytes: JSON may hold half of a surrogate pair, an emoji that was cut say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        near = ascii(text[max(0, cause.start - 20) : cause.end + 20])
+        raise CalibrationError(
+            f"The data set holds half of a character, {text[cause.start]!a}, which no tokenizer reads: {near}. "
+            "Remove it."
+        ) from cause
+    return text
 
 
 def answers(conversation: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
@@ -67,7 +81,12 @@ def answers(conversation: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list
 
 TEXT_FILES = (".txt", ".jsonl")
 UTF16 = "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8."
-BEGINNINGS = {b"\x1f\x8b": "It is compressed. Unpack it: gunzip.", b"\xff\xfe": UTF16, b"\xfe\xff": UTF16}
+BEGINNINGS = {
+    b"\x1f\x8b": "It is compressed. Unpack it: gunzip.",
+    b"\xff\xfe\0\0": "It is UTF-32. Convert it: iconv -f UTF-32 -t UTF-8.",
+    b"\xff\xfe": UTF16,
+    b"\xfe\xff": UTF16,
+}
 OTHER = "If it is Latin-1: iconv -f LATIN1 -t UTF-8."
 
 
@@ -129,8 +148,9 @@ def read_text(path: str | Path) -> str:
 def _row(path: Path, number: int, line: str, field: str | None) -> Any:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as cause:
-        raise CalibrationError(f"{path}, line {number}: not JSON ({cause}). Mend or remove it.") from cause
+    except (ValueError, RecursionError) as cause:  # also of a number or a nesting that is too long
+        why = f"not JSON that can be read ({cause})"
+        raise CalibrationError(f"{path}, line {number}: {why}. Mend or remove it.") from cause
     name = field or ("messages" if isinstance(row, dict) and "text" not in row and "messages" in row else "text")
     value = row.get(name) if isinstance(row, dict) else None
     if isinstance(value, str) or is_conversation(value):

@@ -171,6 +171,9 @@ def test_what_exists_is_never_taken_for_a_name_on_the_hub(tiny_opt, tmp_path, mo
     ("line", "message"),
     [
         ("{", "line 2: not JSON .*Mend or remove it"),
+        ('{"text": "a", "id": ' + "1" * 5000 + "}", "line 2: not JSON .*5000 digits.*Mend or remove it"),
+        ("[" * 200_000, "line 2: not JSON .*recursion.*Mend or remove it"),
+        ('{"text": "cut \\ud83d here"}', r"half of a character, '.ud83d'.*'one.*cut .ud83d here'. Remove it"),
         ('{"words": "a"}', """line 2: needs an object with a field "text" .*the fields 'words'. Write every"""),
         ("[]", "line 2: .* it has a list"),
     ],
@@ -209,6 +212,7 @@ def test_a_long_text_is_no_reason_for_a_warning(tiny_opt, monkeypatch):
     ("content", "advice"),
     [
         (gzip.compress(b"a text", mtime=0), "It is compressed. Unpack it: gunzip"),
+        ("a text".encode("utf-32"), "It is UTF-32. Convert it: iconv -f UTF-32 -t UTF-8"),
         ("a text".encode("utf-16"), "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"),
         ("façade".encode("latin-1"), "If it is Latin-1: iconv -f LATIN1 -t UTF-8."),
     ],
