@@ -124,9 +124,9 @@ Place = tuple[str, int | None]
 
 def places(model: GGUFModel, plain: Mapping[str, Entry], quantized: dict[Place, Quantized]) -> dict[str, list[Part]]:
     """Return the parts of each tensor of the file: one, or all experts in their order; take the `quantized` ones."""
-    places = defaultdict[str, dict[int | None, Part]](dict)
+    places, tied = defaultdict[str, dict[int | None, Part]](dict), model.config.get("tie_word_embeddings")
     for name, entry in plain.items():
-        is_copy = name == "lm_head.weight" and model.config.get("tie_word_embeddings")
+        is_copy = name == "lm_head.weight" and tied and _same(entry, plain.get("model.embed_tokens.weight"))
         if not is_copy and not name.endswith(".rotary_emb.inv_freq"):
             new, number = model.place(name)
             own = quantized.pop((new, number), None)
@@ -138,6 +138,11 @@ def places(model: GGUFModel, plain: Mapping[str, Entry], quantized: dict[Place, 
                 )
             places[new][number] = Part(name, entry, kind, own)
     return {new: [parts[number] for number in sorted(parts, key=lambda n: n or 0)] for new, parts in places.items()}
+
+
+def _same(head: Entry, embedding: Entry | None) -> bool:
+    """Return True if a stored head is the embedding: transformers ties no head that has other values."""
+    return embedding is not None and head.spec == embedding.spec and head.read_bytes() == embedding.read_bytes()
 
 
 def _quantized(model: GGUFModel, folder: Path, report: Report) -> dict[Place, Quantized]:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from llama_cpp import LlamaCpp
 from runs import SETTINGS, on_reports
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
@@ -119,6 +119,12 @@ def test_a_file_has_the_values_of_the_folder_in_the_type_that_was_asked_for(name
         assert torch.equal(there[f"blk.1.{theirs}.weight"].bfloat16(), here[f"model.layers.1.{ours}.weight"])
     assert torch.equal(there["token_embd.weight"].bfloat16(), here["model.embed_tokens.weight"])
     assert "output.weight" not in there  # tied
+
+
+def test_a_head_of_its_own_is_kept_though_the_configuration_ties_it(tmp_path: Path):
+    tensors = load_file(path := built("llama", tmp_path) / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": (head := tensors["model.embed_tokens.weight"] + 1)}, path, {"format": "pt"})
+    assert torch.equal(read(exported(tmp_path, tmp_path / "model.gguf"))["output.weight"], head)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3moe"])
