@@ -229,7 +229,8 @@ def export(
     """
     if format not in LAYOUTS:
         raise RecipeError(unknown("format", format, LAYOUTS))
-    place: Path = imported(format).export(source, output, allow_changed)
-    if place.is_dir():
-        write_card(replace(RunFolder(named(source)).report(), packed=None), place, layout=format)
-    return place
+
+    def add_card(folder: Path) -> None:
+        write_card(replace(RunFolder(named(source)).report(), packed=None), folder, layout=format)
+
+    return imported(format).export(source, output, allow_changed, add_card)

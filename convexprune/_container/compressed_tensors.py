@@ -35,7 +35,7 @@ EXPERTS = r"re:.*\.experts\.\d+\.\w+"
 LONGEST = 1 << 28  # bytes of an index; that of 1,000,000 tensors has less
 
 
-def export(source: str | Path, output_dir: str | Path, allow_changed: bool = False) -> Path:
+def export(source: str | Path, output_dir: str | Path, allow_changed: bool, add_card: Callable[[Path], None]) -> Path:
     """Write a folder of codes and scales, for transformers (with the package compressed-tensors) and vLLM.
 
     They compute with the weights that the run has stored, bit for bit.
@@ -71,7 +71,7 @@ def export(source: str | Path, output_dir: str | Path, allow_changed: bool = Fal
     converts[Path(CONFIG)] = partial(_convert_config, quantized=quantized, left=sorted(left))
     kept = sorted(set(files) - {Path(name) for name in OF_RUN}, key=lambda path: (path not in tensors, path))
     writes = {path: (path, converts.get(path, copy_file)) for path in kept}
-    return write_folder("exporting", folder, files, writes, staging)
+    return write_folder("exporting", folder, files, writes, staging, add_card)
 
 
 def _require_settings(folder: Path, files: Iterable[Path]) -> None:

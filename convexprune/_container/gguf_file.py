@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -82,7 +82,7 @@ class Part:
         return data
 
 
-def export(source: str | Path, output: str | Path, allow_changed: bool = False) -> Path:
+def export(source: str | Path, output: str | Path, allow_changed: bool, _: Callable[[Path], None]) -> Path:
     """Write a GGUF file of a model: pruned, smaller, quantized, or as it is.
 
     Operators that a run has put on block grids (`quantize`: q8_0, q6_k, ..., q2_k) are written as their bytes; int4 and

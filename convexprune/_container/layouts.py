@@ -11,7 +11,8 @@ from typing import Any
 from convexprune.errors import DependencyError, PatternError, install_hint
 
 LAYOUTS = {"compressed-tensors": "compressed_tensors", "gguf": "gguf_file"}
-"""Modules of this package. `export` writes a model to another place; `measure` returns the `Size` of the files."""
+"""Modules of this package. `export` writes a model to another place, a folder with the card that it is given;
+`measure` returns the `Size` of the files."""
 
 
 def imported(format: str) -> Any:

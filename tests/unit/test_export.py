@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llam
 from typer.testing import CliRunner
 
 import convexprune
+from convexprune._api import calls
 from convexprune._cli import app
 from convexprune._container.compressed_tensors import packed_codes
 from convexprune._rendering.card import card
-from convexprune.errors import ModelError
+from convexprune.errors import ModelError, OutputError
 
 GRID: dict[str, Any] = {"quantize": "int4", "group_size": 32, "ignore": ["down_proj"]}
 
@@ -81,6 +82,20 @@ def test_the_card_is_that_of_the_export(build, tmp_path: Path, sparsity: float):
     assert names == {"recipe.yaml"} <= {path.name for path in (tmp_path / "out").iterdir()}
     plain = (tmp_path / "run" / "README.md").read_text()
     assert "quantized to int4." in plain and "vllm" not in plain and "put into the pattern" not in plain
+
+
+def test_an_export_without_its_card_is_not_there(build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any, **__: Any) -> None:
+        assert not (tmp_path / "out").exists()
+        raise OutputError("The disk is full.")
+
+    build("llama").save_pretrained(tmp_path / "dense")
+    grid = GRID | {"sparsity": 0, "quantizer": "rtn"}
+    convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "run", **SETTINGS | grid)
+    monkeypatch.setattr(calls, "write_card", fail)
+    with pytest.raises(OutputError, match="full"):
+        convexprune.export(tmp_path / "run", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "run"}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gemma3"])

@@ -51,7 +51,7 @@ TOYS: dict[str, Edits] = {
     },
     "a layout of `export`": {
         "convexprune/_container/toy.py": """
-            def export(source, output, allow_changed=False):
+            def export(source, output, allow_changed, add_card):
                 output.write_text("toy")
                 return output
             """,
