@@ -149,9 +149,10 @@ class Rows(NamedTuple):
         best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0).clamp_min(0)
         inside = penalty.project(self.residual)
         dual = torch.where((inside - self.residual).abs() < 10 * SLIGHT, inside, self.residual)
-        s = torch.minimum(penalty.dual_scale(dual), best)
-        gaps = (1 - s).square() * values
-        gaps += (slack + penalty.conjugate(s[:, None] * dual) - s * overlap).clamp_min(0)
+        largest, gaps = penalty.dual_scale(dual), torch.full_like(values, inf)
+        for s in (torch.minimum(largest, best), largest.clamp_max(1)):  # with a ridge or bounds only 1 is tight
+            rest = (slack + penalty.conjugate(s[:, None] * dual) - s * overlap).clamp_min(0)
+            gaps = torch.minimum(gaps, (1 - s).square() * values + rest)
         return gaps <= tolerance * torch.maximum(values + slack, torch.finfo(values.dtype).eps * self.energy)
 
     def working_sets(self) -> tuple[Tensor, Tensor, Tensor]:

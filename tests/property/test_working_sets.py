@@ -54,6 +54,13 @@ def test_every_form_of_price_is_solved_to_ten_digits(kind, seed, share, form):
     assert ours.certificate.primal <= slow.certificate.primal * (1 + 1e-9) + 1e-14 * float(quadratic.energy.sum())
 
 
+@pytest.mark.parametrize("rest", [{"ridge": 0.1}, {"lower": -0.2, "upper": 0.2}, {"upper": 0.0, "lower": -9.0}])
+def test_rows_with_a_ridge_or_on_their_bounds_are_done_when_they_are(rest: dict[str, float]):
+    quadratic = drawn("full rank", 0)[0]
+    solution = solve(Problem(quadratic, ElasticNet(0.1, **rest)), "working-set", tolerance=1e-8)
+    assert solution.status is Status.SOLVED and solution.iterations < 10
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(KINDS), seeds, st.sampled_from((0.3, 0.03, 0.003)), st.booleans(), st.booleans())
 def test_coordinate_descent_of_scikit_learn_is_of_the_same_problem(kind, seed, share, positive, ridge):
