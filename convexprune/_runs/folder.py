@@ -200,6 +200,11 @@ class RunFolder:
         then = None if self.is_finished else self._begun()
         if then is None and self.is_finished:  # also if another rank has just finished it
             then = self.report().identity
+            if not then:
+                raise OutputError(
+                    f"{self.folder} holds a result that was saved from memory: there is no run to go on with. Give "
+                    "another output folder."
+                )
         differing = differences(then or {}, identity)
         lost = [name for name in tokens if f"tokens.{name}" in differing] if self.is_unfinished else []
         if lost and not self._tokens_are_whole():
