@@ -2,7 +2,6 @@
 
 import time
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -96,8 +95,11 @@ class CVXPY(AbstractSolver):
     def _solve(self, variable: cp.Variable, statement: cp.Problem) -> tuple[np.ndarray, Status]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "may be inaccurate" is the status that we return
-            with suppress(cp.SolverError):  # no answer
+            try:
                 statement.solve(solver=self.engine, **{**TIGHT[self.engine], **self.options})
+            except BaseException as cause:  # no answer; a panic of Clarabel is no Exception
+                if not isinstance(cause, cp.SolverError) and type(cause).__name__ != "PanicException":
+                    raise
         if variable.value is None:
             return np.full(variable.shape, np.nan), Status.FAILED
         return variable.value, STATUS.get(statement.status, Status.FAILED)

@@ -99,9 +99,13 @@ def test_cvxpy_takes_a_support_without_a_live_input(engine: str, kept: list[int]
     assert solution.certificate.primal == solution.certificate.gap == 0 and not solution.weight.any()
 
 
-def test_an_engine_that_raises_is_a_status(monkeypatch):
+PANIC = type("PanicException", (BaseException,), {})  # as in pyo3, of Clarabel
+
+
+@pytest.mark.parametrize("cause", [cvxpy.SolverError("no"), PANIC("no")])
+def test_an_engine_that_raises_is_a_status(cause: BaseException, monkeypatch):
     def raises(*_, **__):
-        raise cvxpy.SolverError("no")
+        raise cause
 
     monkeypatch.setattr(cvxpy.Problem, "solve", raises)
     quadratic = Quadratic.least_squares(random(0, 30, 4), random(1, 30, 2))
