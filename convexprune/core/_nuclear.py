@@ -33,6 +33,8 @@ class NuclearNorm(AbstractPenalty):
         object.__setattr__(self, "strength", checked_strength(self.strength, wrong, FINITE))
 
     def values(self, weight: Tensor) -> Tensor:
+        if not bool(weight.isfinite().all()):
+            return weight.new_full((len(weight),), inf)
         left, sizes, _ = torch.linalg.svd(weight, full_matrices=False)
         return self.strength * (left.square() @ sizes)
 

@@ -9,6 +9,7 @@ from strategies import make_problem, random
 
 from convexprune.core._certificate import Certificate, certify
 from convexprune.core._group_lasso import GroupLasso
+from convexprune.core._nuclear import NuclearNorm
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
@@ -109,7 +110,8 @@ def test_an_engine_that_raises_is_a_status(cause: BaseException, monkeypatch):
 
     monkeypatch.setattr(cvxpy.Problem, "solve", raises)
     quadratic = Quadratic.least_squares(random(0, 30, 4), random(1, 30, 2))
-    assert make_solver("cvxpy").solve(Problem(quadratic, L1(0.1))).status is Status.FAILED
+    for penalty in (L1(0.1), NuclearNorm(0.1)):
+        assert make_solver("cvxpy").solve(Problem(quadratic, penalty)).status is Status.FAILED
 
 
 def test_inputs_that_are_all_zero_make_no_complaint(capfd):
