@@ -70,9 +70,11 @@ class Quadratic(SumOfSquares):
             The quadratic.
 
         Raises:
-            ProblemError: a strength is negative.
+            ProblemError: a strength is negative, or there is not one for each input.
         """
         point, strength = as_floats("anchor", anchor), as_floats("strength", strength)
+        if strength.ndim != 1 or strength.shape != point.shape[-1:]:
+            raise ProblemError(f"`strength` is {list(strength.shape)}; needed is one for each input, [n].")
         if not bool((strength >= 0).all()):
             raise ProblemError(f"Damping must not be negative; the least entry is {float(strength.min()):.3g}.")
         zero = torch.zeros_like(point)

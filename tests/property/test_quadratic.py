@@ -96,6 +96,9 @@ def test_damping_is_a_weighted_distance_from_its_anchor(m, n, seed):
 def test_negative_damping_is_refused():
     with pytest.raises(ProblemError, match="negative"):
         Quadratic.damping(torch.zeros(1, 2), torch.tensor([1.0, -0.1]))
+    for strength in (torch.tensor(1.0), torch.ones(3), torch.ones(2, 2)):
+        with pytest.raises(ProblemError, match="one for each input"):
+            Quadratic.damping(torch.zeros(1, 2), strength)
 
 
 def inner(quadratic, stiffness, weight):
