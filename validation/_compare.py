@@ -150,10 +150,13 @@ def published(staging: Staging, identity: Mapping[str, Any], before: Mapping[str
         if not before:
             staging.clear()
             write_json(staging.place / IDENTITY, identity)
-        yield is_finished
+        try:
+            yield is_finished
+        finally:
+            if is_finished and read_json(staging.place / IDENTITY) in (None, identity):
+                staging.discard()
         if not is_finished:
             staging.publish()
-        if not is_finished or read_json(staging.place / IDENTITY) in (None, identity):
             staging.discard()
 
 

@@ -121,6 +121,9 @@ def test_interrupted_samples_go_on_and_what_does_not_belong_is_refused(folder: P
         assert without_times(sampled(folder, [0, 1, 2], resume=True, **few)) == without_times(whole)
     with pytest.raises(errors.RecipeError, match="samples holds another finished comparison: seed differ"):
         sampled(folder, [0, 1], resume=True, **few)
+    with pytest.raises(errors.RecipeError, match="seed-0 holds another finished comparison: variants differ"):
+        sampled(folder, [0, 1, 2], resume=True, **few | {"sparsities": [0.6]})
+    assert not place_of(out).exists()
 
 
 def test_an_interrupted_comparison_is_not_lost_to_one_of_more_or_fewer_samples(folder: Path, monkeypatch):
