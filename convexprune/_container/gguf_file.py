@@ -1,6 +1,5 @@
 """A model as a GGUF file, as llama.cpp, Ollama and LM Studio run it; and the exact size of the file beforehand."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
@@ -20,14 +19,13 @@ from convexprune._container.layouts import Size
 from convexprune._container.provenance import unchanged
 from convexprune._progress import begin
 from convexprune._runs.folder import BLOCKS, RunFolder
-from convexprune._storage.files import named, read_text
+from convexprune._storage.files import named
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, cast, entries
 from convexprune.constraints import FAMILIES, Q4_0, Q5_0, Q8_0, Block, Codebook, Grid, Scales, make_grid, parse_pattern
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import Report
 
-LONGEST = 1 << 28  # bytes of config.json
 ROWS = 1 << 24  # weights that are compared at once
 TYPES = {kind.name.lower(): kind for kind in gguf.GGMLQuantizationType}
 DTYPES = {TYPES["f32"]: torch.float32, TYPES["f16"]: torch.float16, TYPES["bf16"]: torch.bfloat16}
@@ -98,7 +96,7 @@ def export(source: str | Path, output: str | Path, allow_changed: bool, _: Calla
         plain = {n: e for path in weight_files(folder, files) for n, e in entries(folder / path)[0].items()}
         if not plain:
             raise ModelError(f"{folder} holds no safetensors file. Save the model as such first.")
-        model = GGUFModel(json.loads(read_text(folder / "config.json", LONGEST)), folder)
+        model = GGUFModel.of(folder)
         run = RunFolder(folder)
         report = run.report() if run.is_finished else None
         quantized = {} if report is None else _quantized(model, folder, report)
@@ -137,6 +135,7 @@ def places(model: GGUFModel, plain: Mapping[str, Entry], quantized: dict[Place, 
                     f"{block}. Take --format compressed-tensors, or quantize again without it (--ignore)."
                 )
             places[new][number] = Part(name, entry, kind, own)
+    model.require({new: next(iter(parts.values())).entry.spec.shape for new, parts in places.items()})
     return {new: [parts[number] for number in sorted(parts, key=lambda n: n or 0)] for new, parts in places.items()}
 
 
@@ -254,7 +253,7 @@ def measure(source: Path, groups: Sequence[Sequence[str]], ends: Sequence[str], 
     """Return the size of the file of a model, whose operators will be on block grids; other matrices have a dtype."""
     folder, stored = source_tensors(source)
     plain = {n: replace(e, spec=cast(e, dtype)[0]) for each in stored.values() for n, e in each.items()}
-    model = GGUFModel(json.loads(read_text(folder / "config.json", LONGEST)), folder)
+    model = GGUFModel.of(folder)
     tensors, units = places(model, plain, {}), defaultdict[tuple[str, ...], list[str]](list)
     for name in (name for names in groups for name in names):
         units[tuple(sorted({place for place, _ in model.operator(name)}))].append(name)

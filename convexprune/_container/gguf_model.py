@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import pi
 from pathlib import Path
@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from convexprune._container.layouts import stored_names
-from convexprune.errors import ModelError
+from convexprune._storage.files import read_text
+from convexprune.errors import ModelError, shown
 
 SIZES = {
     "add_context_length": "max_position_embeddings",
@@ -33,6 +34,8 @@ SIZES = {
     "add_vocab_size": "vocab_size",
 }
 """Methods of the writer, and the settings of `config.json` that they take."""
+LONGEST = 1 << 28  # bytes of config.json
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 ROTATED = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
 
@@ -77,9 +80,42 @@ class GGUFModel:
                 raise ModelError(
                     f"{folder}: {key} is {config[key]!r}; llama.cpp computes {self.architecture.name} with {value!r}."
                 )
+        for key in (*NEEDED, *(key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None)):
+            if type(value := config.get(key)) is not int or not 0 < value < 1 << 32:
+                raise ModelError(f"{folder}: {key} is {shown(value)} in config.json. Correct it.")
         keys = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
         self.layers = int(config["num_hidden_layers"])
         self._names = gguf.get_tensor_name_map(keys[self.architecture.name], self.layers)
+
+    @classmethod
+    def of(cls, folder: Path) -> "GGUFModel":
+        """Return the model of a folder."""
+        try:
+            config = json.loads(read_text(folder / "config.json", LONGEST))
+        except (ValueError, RecursionError) as cause:
+            raise ModelError(f"{folder}: config.json cannot be read ({cause}). Copy or download it again.") from cause
+        if not isinstance(config, dict):
+            raise ModelError(f"{folder}: config.json holds no settings. Copy or download it again.")
+        return cls(config, folder)
+
+    def require(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse tensors of other shapes than the configuration says, or of fewer layers: no file of them opens."""
+        hidden, heads = self.config["hidden_size"], self.config["num_attention_heads"]
+        queries, keys = heads * self._head, (self.config.get("num_key_value_heads") or heads) * self._head
+        of_layer: dict[str, Any] = dict.fromkeys(name.split(".", 2)[2] for name in shapes if name.startswith("blk."))
+        of_layer |= {"attn_q.weight": [queries, hidden], "attn_output.weight": [hidden, queries]}
+        of_layer |= {f"attn_{name}.weight": [keys, hidden] for name in "kv"}
+        if "ffn_gate_inp.weight" not in of_layer:
+            of_layer["ffn_down.weight"] = [hidden, self.config["intermediate_size"]]
+        expected = {f"blk.{n}.{name}": shape for n in range(self.layers) for name, shape in of_layer.items()}
+        expected |= {"token_embd.weight": [self.config["vocab_size"], hidden], "output_norm.weight": [hidden]}
+        for name, shape in expected.items():
+            if name not in shapes or (shape and list(shapes[name]) != shape):
+                found = f"is {list(shapes[name])}, not {shape}" if name in shapes else "is not there"
+                raise ModelError(
+                    f"{name} {found}, as it would be by config.json. Copy or download the checkpoint again, or correct "
+                    "its config.json."
+                )
 
     def describe(self, writer: gguf.GGUFWriter) -> None:
         """Write the sizes of the model."""
@@ -210,11 +246,11 @@ def _split(said: dict[str, Any], path: Path) -> str:
         return "smollm"
     expression = parts[0].get("pattern", {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
     if expression not in SPLITS:
-        raise ModelError(f"{path}: llama.cpp's name for its way to split text is not known here ({shown(parts)}).")
+        raise ModelError(f"{path}: llama.cpp's name for its way to split text is not known here ({_cut(parts)}).")
     return SPLITS[expression]
 
 
-def shown(parts: list[Any]) -> str:
+def _cut(parts: list[Any]) -> str:
     """Return a short text for parts of a tokenizer."""
     text = json.dumps(parts)
     return text if len(text) < 200 else f"{text[:200]}..."

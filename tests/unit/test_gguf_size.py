@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from convexprune._container.layouts import Size
 from convexprune.adapters import EMBEDDED, on_grid
 from convexprune.adapters._types import _step
 from convexprune.core._allocation import choose
-from convexprune.errors import PatternError, RecipeError
+from convexprune.errors import ModelError, PatternError, RecipeError
 
 options = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 1000).map(float)), min_size=1, max_size=4)
 
@@ -221,3 +222,27 @@ def test_a_result_of_a_size_is_packed_verified_and_repeated(tmp_path: Path):
     again = convexprune.prune(recipe=run, dataset=RUN["dataset"], output_dir=tmp_path / "again")
     assert checksums(tmp_path / "again") == expected and again.report.sized == record_of(run)
     assert convexprune.verify(run, dataset=RUN["dataset"], operators=["model.layers.0.mlp.down_proj"]).passed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 5}, r"blk\.4\.\w+\.weight is not there, as it would be by config"),
+        ({"num_key_value_heads": 1}, r"blk\.0\.attn_k\.weight is \[16, 16\], not \[8, 16\], as it would be by config"),
+        ({"intermediate_size": 25}, r"blk\.0\.ffn_down\.weight is \[16, 24\], not \[16, 25\]"),
+        ({"vocab_size": 513}, r"token_embd\.weight is \[512, 16\], not \[513, 16\]"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0 in config.json"),
+        (None, r"config\.json cannot be read \(.*\)\. Copy"),
+        ([], r"config\.json holds no settings"),
+    ],
+)
+def test_a_configuration_of_another_model_makes_no_file(dense: Path, tmp_path: Path, change: Any, message: str):
+    folder = shutil.copytree(dense, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    text = "{" if change is None else json.dumps(config | change if change else change)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        convexprune.export(folder, tmp_path / "model.gguf", "gguf")
+    assert not (tmp_path / "model.gguf").exists()
+    if change and "num_hidden_layers" in change:
+        assert "not there" in str(convexprune.advise(folder, bits=4).notes)
