@@ -190,8 +190,9 @@ def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
         here, there = tensor_of(model.model, name).cpu(), found[name].read()
         if here.dtype != there.dtype or not torch.equal(here, there):
             raise ModelError(f"{folder}: {name} has other values than it should have.")
-    parameters = dict(model.model.named_parameters(remove_duplicate=False))
-    places = {name: _place(model.model, parameter) for name, parameter in parameters.items()}
+    buffers = {name: buffer for name, buffer in model.model.named_buffers(remove_duplicate=False) if name in names}
+    tensors = dict(model.model.named_parameters(remove_duplicate=False)) | buffers
+    places = {name: _place(model.model, tensor) for name, tensor in tensors.items()}
     once = {place: name for name, place in places.items()}
     stored = {place for name, place in places.items() if name in found}
     here = _totals(tensor_of(model.model, name) for place, name in once.items() if place not in stored)

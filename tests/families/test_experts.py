@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import SMALL, TOKENS, build_family, on_disk, weights
+import transformers
+from tiny_families import GROUPED, SMALL, TOKENS, build_family, on_disk, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
@@ -206,3 +207,11 @@ def test_experts_solved_side_by_side_are_those_solved_one_by_one(name: str, monk
             mine, theirs = getattr(other, each), getattr(one, each)
             assert mine is theirs is None or mine == pytest.approx(theirs, rel=1e-3)
         assert (one.bound is None) == (other.bound is None)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "MiniMaxM2Config"), reason="transformers 4 does not know it")
+def test_a_buffer_that_is_stored_under_another_name_is_no_fault_of_what_was_written(tmp_path: Path):
+    sizes: dict[str, Any] = GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "rotary_dim": 8}
+    transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**sizes)).save_pretrained(tmp_path / "dense")
+    result = convexprune.prune(tmp_path / "dense", method="wanda", output_dir=tmp_path / "out", **SMALL)
+    assert result.report.sparsity == 0.5
