@@ -130,7 +130,8 @@ def read_outline(source: str | Path | PreTrainedModel, recipe: Recipe, trust_rem
     dtype = recipe.torch_dtype or stored
     with parameters_on_meta():
         built = ask(str(source), lambda: reader.from_config(config, dtype=dtype, **remote))
-    model = RandomModel(built, name=str(source), targets=recipe.targets, ignore=recipe.ignore)
+    chosen = {"targets": recipe.targets, "ignore": recipe.ignore}
+    model = ask(str(source), lambda: RandomModel(built, name=str(source), **chosen))  # its layers are run once
     whole = any(fused_parameters(module) for layer in model.layers for module in layer.module.modules())
     notes = []
     if whole:

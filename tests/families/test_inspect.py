@@ -185,6 +185,9 @@ def test_fused_experts_are_never_in_memory(tmp_path: Path):
         (LLAMA_2_70B, {"pattern": "3:5"}, PatternError, "layers.0.self_attn.q_proj"),
         (LLAMA_2_70B, {"targets": ("x_proj",)}, ModelError, "x_proj"),
         (LLAMA_2_70B, {"max_seq_length": 5000}, CalibrationError, "4096"),
+        (LLAMA_2_70B | {"num_key_value_heads": 3}, {}, ModelError, r"cannot be read \(RuntimeError"),
+        (LLAMA_2_70B | {"vocab_size": 0}, {}, ModelError, "cannot be read"),
+        (LLAMA_2_70B | {"intermediate_size": 10**12}, {}, ModelError, "cannot be read"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(tmp_path: Path, config, settings, error: type[Exception], message: str):
