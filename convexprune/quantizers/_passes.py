@@ -85,8 +85,7 @@ class Sweep:
         step, offset = found.scales.spread(columns)
         scales = step.T[order]
         offsets = torch.zeros_like(scales[:, :1]) if offset is None else offset.T[order]
-        divisors = divisible(scales)
-        codes = scales.new_empty(columns, width, rows)
+        divisors, codes = divisible(scales), scales.new_empty(columns, width, rows)
         parents = torch.empty_like(codes, dtype=torch.int64)
         cost = torch.full_like(codes[0], torch.inf)
         cost[0] = 0  # all begin alike
@@ -97,10 +96,7 @@ class Sweep:
             return beginnings.index_select(0, (chosen * rows + each_row).flatten())
 
         def branch(left: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-            """Choose codes of some columns, of which earlier ones `left` [width rows, columns].
-
-            Returned are their errors, and of which beginning each is that stays.
-            """
+            """Choose codes of the weights `left` [width rows, columns]; return errors, and the beginnings that stay."""
             nonlocal cost
             if last - first > ONE_BY_ONE:  # by halves, so that little is copied and products are large
                 middle = (first + last) // 2
