@@ -1,4 +1,4 @@
-"""Tokens a second and perplexity of GGUF files, beside the first one: the tables of docs/quantize.md.
+"""Tokens a second and perplexity of GGUF files, beside the first one: the table in lab/benchmarks.md.
 
     pip install llama-cpp-py-sync
     python benchmarks/speed_gguf.py DENSE.gguf Q4K.gguf [...] --model DENSE --text test.txt
