@@ -16,9 +16,12 @@ from convexprune._layerwise.steps.survey import survey
 from convexprune._layerwise.steps.trials import PRUNED, Trials, Weights
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._allocating import added_divergences
+from convexprune.adapters._types import on_grid
 from convexprune.constraints import Coded, Constraint, Quantized, SemiStructured, Unstructured, parse_pattern
 from convexprune.errors import CalibrationError
 from convexprune.pruners import Magnitude
+from convexprune.quantizers._descent import WIDE
+from convexprune.quantizers._passes import Sweep
 
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 THREE_BITS = Quantized(Unstructured(0.0), Coded(3.0))
@@ -61,6 +64,14 @@ def test_a_trial_is_the_divergence_of_a_whole_network(
     unfit = {name for name in names if (step, name) not in written}  # keys and values have too few rows for 1.5 bits
     assert len(unfit) == (0 if pattern == TWO_OF_FOUR else 4) and len({*added.values()}) >= len(added) - 1
     assert PRUNED not in added
+
+
+def test_a_trial_on_a_grid_is_a_sweep_without_a_beam(tiny_llama: HuggingFaceModel):
+    ones = {f"{y.name}.{o.name}": torch.ones(o.shape[0]) for y in tiny_llama.layers for o in y.operators}
+    grids = (on_grid("int8"), on_grid("int4"))
+    with patch.object(Sweep, "beam", autospec=True, side_effect=Sweep.beam) as beam:
+        survey(tiny_llama, TOKENS.split(1), 1, grids, ones, trials=[Trials(grids, 2)])
+    assert {call.args[3] for call in beam.call_args_list} == {WIDE}  # which judges a few rows
 
 
 def test_costs_go_half_of_the_way_to_what_is_measured_of_layers_and_of_kinds():

@@ -28,7 +28,7 @@ from convexprune.pruners import AbstractPruner, Cost, LayerProblem, SparseGPT
 from convexprune.quantizers import Descent
 from convexprune.quantizers._forecast import Forecast
 
-QUANTIZER = Descent(sweeps=0, rounds=0)  # quick
+QUANTIZER = Descent(sweeps=0, rounds=0, beam=1)  # quick
 DENSE = Unstructured(0.0)
 ROWS = 128  # of an operator are enough, since only the shape of a curve matters (lab/tried.md)
 
