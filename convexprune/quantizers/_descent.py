@@ -14,7 +14,7 @@ from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 
 RIDGE = 1e-4  # of the equations of scales, relative: groups whose codes are all zero have none
-ROOM = 2**26  # entries of these equations, of some rows at a time
+ROOM = 2**22  # entries of these equations, of some rows at a time
 JUDGED, WIDE = 4, 64  # rows whose error is compared with what a beam of so many sweeps finds
 
 
