@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from convexprune._container.provenance import require_as_written
 from convexprune._runs.folder import CARD, PAGE, REPORT, RunFolder
 from convexprune._storage.files import copy_file, read_json, read_text, write_settings
 from convexprune._storage.staging import Staging
-from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, cast, entries, header_of, write_tensors
+from convexprune._storage.tensors import CODES, Entry, Spec, cast, entries, header_of, write_tensors
 from convexprune.constraints import FAMILIES, ROW, Grid, make_grid, parse_pattern
 from convexprune.errors import ModelError, PatternError
 
@@ -159,6 +159,7 @@ def part_specs(spec: Spec, grid: Grid) -> dict[str, Spec]:
 def _convert_tensors(path: Path, target: Path, quantized: Mapping[str, Grid]) -> None:
     """Write a file of tensors with codes, scales and a shape in place of each quantized weight."""
     found, metadata = entries(path)
+    parts = lru_cache(1)(lambda name: _parts(found[name], quantized[name]))  # looked for once
     specs = dict[str, Spec]()
     makes = dict[str, Callable[[], Tensor | bytearray]]()
     for name, entry in found.items():
@@ -166,15 +167,16 @@ def _convert_tensors(path: Path, target: Path, quantized: Mapping[str, Grid]) ->
             specs[name], makes[name] = entry.spec, entry.read_bytes
             continue
         for part, spec in part_specs(entry.spec, quantized[name]).items():
-            specs[f"{name}_{part}"], makes[f"{name}_{part}"] = spec, partial(_part, entry, quantized[name], part)
+            specs[f"{name}_{part}"] = spec
+            makes[f"{name}_{part}"] = lambda name=name, part=part: parts(name)[part]
     write_tensors(target, specs, lambda name: makes[name](), metadata)
 
 
-def _part(entry: Entry, grid: Grid, part: str) -> Tensor:
-    if part == "shape":
-        return torch.tensor(entry.spec.shape)
-    scales, codes, _ = grid.find(entry.read())
-    return scales.to(DTYPES[entry.spec.code]) if part == "scale" else packed_codes(codes, grid.bits)
+def _parts(entry: Entry, grid: Grid) -> dict[str, Tensor]:
+    weight = entry.read()
+    scales, codes, _ = grid.find(weight)
+    shape = torch.tensor(weight.shape)
+    return {"packed": packed_codes(codes, grid.bits), "scale": scales.to(weight.dtype), "shape": shape}
 
 
 def _convert_index(path: Path, target: Path, quantized: Mapping[str, Grid]) -> None:
