@@ -23,19 +23,26 @@ SIZES = {
     "add_embedding_length": "hidden_size",
     "add_feed_forward_length": "intermediate_size",
     "add_head_count": "num_attention_heads",
-    "add_head_count_kv": "num_key_value_heads",
     "add_layer_norm_rms_eps": "rms_norm_eps",
+    "add_vocab_size": "vocab_size",
+    "add_head_count_kv": "num_key_value_heads",
     "add_expert_count": "num_local_experts",
     "add_expert_used_count": "num_experts_per_tok",
     "add_expert_feed_forward_length": "moe_intermediate_size",
     "add_expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "add_key_length": "head_dim",
     "add_value_length": "head_dim",
-    "add_vocab_size": "vocab_size",
 }
 """Methods of the writer, and the settings of `config.json` that they take."""
 LONGEST = 1 << 28  # bytes of config.json
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+NEEDED = ("num_hidden_layers", *list(SIZES.values())[:6])  # the first ones, up to vocab_size
+ORIGINAL = "original_max_position_embeddings"
+SCALING = {
+    "default": (), "linear": ("factor",), "yarn": ("factor", ORIGINAL),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
+}  # fmt: skip
+"""Types of rotary embeddings that a file can say, and the numbers that they have."""
+BROKEN = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")  # no whole numbers
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 ROTATED = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
 
@@ -52,14 +59,15 @@ class Architecture:
     granted: tuple[tuple[str, Any], ...] = ()
 
 
+ALL_MIXED = (("mlp_only_layers", []), ("decoder_sparse_step", 1))  # every layer has experts
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama", neighbours=True),
     "MistralForCausalLM": Architecture("llama", neighbours=True),
     "MixtralForCausalLM": Architecture("llama", neighbours=True),
     "Qwen2ForCausalLM": Architecture("qwen2"),
-    "Qwen2MoeForCausalLM": Architecture("qwen2moe", granted=(("norm_topk_prob", False),)),
+    "Qwen2MoeForCausalLM": Architecture("qwen2moe", granted=(("norm_topk_prob", False), *ALL_MIXED)),
     "Qwen3ForCausalLM": Architecture("qwen3"),
-    "Qwen3MoeForCausalLM": Architecture("qwen3moe", granted=(("norm_topk_prob", True),)),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe", granted=(("norm_topk_prob", True), *ALL_MIXED)),
 }
 
 
@@ -67,22 +75,28 @@ class GGUFModel:
     """The settings of `config.json` in the words of llama.cpp."""
 
     def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
-        (name, *_) = config.get("architectures") or [None]
+        (name, *_) = map(str, config.get("architectures") or [None])
         if name not in ARCHITECTURES:
             raise ModelError(f"{folder}: {name} cannot be written as GGUF. Known: {', '.join(ARCHITECTURES)}.")
         self.config, self.architecture = dict(config), ARCHITECTURES[name]
-        self.rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        self.kind = self.rope.get("rope_type", self.rope.get("type", "default"))
-        if self.kind not in ("default", "linear", "llama3", "yarn"):
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        self.kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if str(self.kind) not in SCALING:
             raise ModelError(f"{folder}: rotary embeddings of type {self.kind!r} cannot be written as GGUF.")
+        default = 1e6 if name == "MixtralForCausalLM" else 1e4  # by which transformers rotates, too
+        self.rope = {"rope_theta": config.get("rope_theta", default)} | rope
         for key, value in (("hidden_act", "silu"), ("use_sliding_window", False), *self.architecture.granted):
             if config.get(key, value) != value:
                 raise ModelError(
                     f"{folder}: {key} is {config[key]!r}; llama.cpp computes {self.architecture.name} with {value!r}."
                 )
-        for key in (*NEEDED, *(key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None)):
-            if type(value := config.get(key)) is not int or not 0 < value < 1 << 32:
-                raise ModelError(f"{folder}: {key} is {shown(value)} in config.json. Correct it.")
+        given = [key for key in ("num_experts", *SIZES.values()) if config.get(key) is not None]
+        numbers: dict[str, Any] = {key: config.get(key) for key in (*NEEDED, *given)}
+        numbers |= {key: self.rope.get(key) for key in ("rope_theta", *SCALING[self.kind])}
+        for key, value in numbers.items():
+            kinds, largest = ((int, float), 1e38) if key in BROKEN else ((int,), 1 << 32)
+            if type(value) not in kinds or not 0 < value < largest:
+                raise ModelError(f"{folder}: {key} is {shown(value)} in config.json, no positive number. Correct it.")
         keys = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
         self.layers = int(config["num_hidden_layers"])
         self._names = gguf.get_tensor_name_map(keys[self.architecture.name], self.layers)
@@ -126,12 +140,12 @@ class GGUFModel:
                 getattr(writer, method)(sizes[key])
         if self.architecture.name == "llama":
             writer.add_rope_dimension_count(self._head)
-        writer.add_rope_freq_base(float(self.rope.get("rope_theta", self.config.get("rope_theta", 10000.0))))
+        writer.add_rope_freq_base(float(self.rope["rope_theta"]))
         if self.kind in ("linear", "yarn"):
             writer.add_rope_scaling_type(gguf.RopeScalingType(self.kind))
             writer.add_rope_scaling_factor(float(self.rope["factor"]))
         if self.kind == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(self.rope["original_max_position_embeddings"])
+            writer.add_rope_scaling_orig_ctx_len(self.rope[ORIGINAL])
 
     @property
     def _head(self) -> int:
@@ -143,9 +157,8 @@ class GGUFModel:
             return {}
         theta, factor = self.rope["rope_theta"], self.rope["factor"]
         low, high = self.rope["low_freq_factor"], self.rope["high_freq_factor"]
-        turns = self.rope["original_max_position_embeddings"] / (
-            2 * pi * theta ** (torch.arange(0, self._head, 2, dtype=torch.float32) / self._head)
-        )
+        exponents = torch.arange(0, self._head, 2, dtype=torch.float32) / self._head
+        turns = self.rope[ORIGINAL] / (2 * pi * theta**exponents)
         smooth = (turns - low) / (high - low)
         factors = torch.where(turns < low, factor, 1 / ((1 - smooth) / factor + smooth))
         return {"rope_freqs.weight": torch.where(turns > high, 1.0, factors)}
@@ -156,7 +169,7 @@ class GGUFModel:
         stored = name if found is None else f"{found[1]}.{found[3]}.weight"
         new = self._names.get_name(stored, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise ModelError(f"{name} has no name in GGUF files of {self.architecture.name}.")
+            raise ModelError(f"{name} has no name in GGUF files of {self.architecture.name} with {self.layers} layers.")
         return new, None if found is None else int(found[2])
 
     def operator(self, name: str) -> list[tuple[str, int | None]]:

@@ -231,7 +231,15 @@ def test_a_result_of_a_size_is_packed_verified_and_repeated(tmp_path: Path):
         ({"num_key_value_heads": 1}, r"blk\.0\.attn_k\.weight is \[16, 16\], not \[8, 16\], as it would be by config"),
         ({"intermediate_size": 25}, r"blk\.0\.ffn_down\.weight is \[16, 24\], not \[16, 25\]"),
         ({"vocab_size": 513}, r"token_embd\.weight is \[512, 16\], not \[513, 16\]"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0 in config.json"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0 in config.json, no positive number"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None in config.json"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6' in config.json"),
+        ({"max_position_embeddings": 1 << 40}, "max_position_embeddings is 1099511627776 in config.json"),
+        ({"rope_parameters": [1]}, r"rotary embeddings of type \[1\] cannot be written"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta is None in config.json"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor is None in config.json"),
+        ({"rope_parameters": {"rope_type": {}}}, "rotary embeddings of type {} cannot be written"),
+        ({"architectures": [{}]}, "{} cannot be written as GGUF"),
         (None, r"config\.json cannot be read \(.*\)\. Copy"),
         ([], r"config\.json holds no settings"),
     ],
@@ -246,3 +254,21 @@ def test_a_configuration_of_another_model_makes_no_file(dense: Path, tmp_path: P
     assert not (tmp_path / "model.gguf").exists()
     if change and "num_hidden_layers" in change:
         assert "not there" in str(convexprune.advise(folder, bits=4).notes)
+
+
+def test_llama_3_is_written_as_meta_publishes_it(tmp_path: Path):
+    folder = built("llama3", tmp_path / "model")
+    expected = exported(folder, tmp_path / "new.gguf").read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    theta = config["rope_parameters"].pop("rope_theta")
+    config |= {"rope_scaling": config.pop("rope_parameters"), "rope_theta": theta}  # as transformers 4 writes it
+    (folder / "config.json").write_text(json.dumps(config))
+    assert exported(folder, tmp_path / "old.gguf").read_bytes() == expected
+
+
+def test_a_mixture_with_dense_layers_is_refused(tmp_path: Path):
+    folder = built("qwen3moe", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mlp_only_layers": [1]}))
+    with pytest.raises(ModelError, match=r"mlp_only_layers is \[1\]; llama.cpp computes qwen3moe with \[\]"):
+        convexprune.export(folder, tmp_path / "model.gguf", "gguf")
