@@ -202,9 +202,13 @@ def write_tokenizer(writer: gguf.GGUFWriter, folder: Path, words: int) -> None:
         logger.warning("%s has no %s: the file is written without a tokenizer", folder, FILE)
         writer.add_tokenizer_model("no_vocab")
         return
-    said = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        said, tokenizer = json.loads(read_text(path, LONGEST)), Tokenizer.from_file(str(path))
+    except Exception as cause:  # tokenizers raises nothing more special
+        raise ModelError(f"{path} cannot be read ({cause}). Copy or download it again.") from cause
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= words:
+        raise ModelError(f"{path} has a token {last:,}, the embedding ends at {words - 1:,}. Is it another model's?")
     merges_bytes = not said["model"].get("byte_fallback", False)
-    tokenizer = Tokenizer.from_file(str(path))
     tokens, kinds = _tokens(tokenizer, said, words, merges_bytes)
     writer.add_tokenizer_model("gpt2" if merges_bytes else "llama")
     writer.add_tokenizer_pre(_split(said, path) if merges_bytes else "default")

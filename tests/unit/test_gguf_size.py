@@ -211,6 +211,14 @@ def test_the_commands_from_an_instruct_model_to_a_chat(tmp_path: Path, monkeypat
         ids = [*ids, int(here.argmax())]
 
 
+@pytest.mark.parametrize(("text", "message"), [(None, "has a token 4,095, the embedding ends"), ("{", "be read")])
+def test_a_tokenizer_of_another_model_makes_no_file(dense: Path, tmp_path: Path, text: str | None, message: str):
+    folder = shutil.copytree(dense, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(text or (EMBEDDED / "tokenizer.json").read_text())
+    with pytest.raises(ModelError, match=rf"tokenizer\.json .*{message}"):
+        convexprune.export(folder, tmp_path / "model.gguf", "gguf")
+
+
 @pytest.mark.slow
 def test_a_result_of_a_size_is_packed_verified_and_repeated(tmp_path: Path):
     source = built("qwen2", tmp_path / "dense", torch.bfloat16)
