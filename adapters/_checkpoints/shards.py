@@ -18,6 +18,7 @@ from convexprune._storage.files import Stamp, copy_file, has_changed, require_un
 from convexprune._storage.tensors import Entry, cast, entries, raw, scanned, write_tensors
 from convexprune.errors import ModelError
 
+from .._discovery.family import refuse_more_layers
 from .admission import refuse_non_finite, refuse_other_codes
 from .model_folder import CONFIG, NotStreamable, companions, result_name, shard_files
 from .origin import Origin
@@ -212,6 +213,7 @@ def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: st
     lacks.
     """
     prefix, renamed = f"{model.base_model_prefix}.", _renamed(model, stored)
+    refuse_more_layers(model, renamed)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names: dict[str, str] = {}
     filled: dict[int, str] = {}

@@ -1,5 +1,7 @@
 """Decoder layers and sizes of a model of transformers, by its configuration; and the tested families."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
@@ -62,6 +64,18 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ((path, layers),) = found.items()
     _refuse_repeated(path, layers)
     return path, layers
+
+
+def refuse_more_layers(model: PreTrainedModel, stored: Iterable[str]) -> None:
+    """Refuse names of tensors in decoder layers that the configuration does not count: nothing would prune them."""
+    path, layers = decoder_layers(model)
+    ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0  # transformers skips them
+    further = f"{path}.{len(layers) + ahead}."
+    if found := [n for n in stored if n.startswith((further, further.removeprefix(f"{model.base_model_prefix}.")))]:
+        raise ModelError(
+            f"{model.name_or_path}: config.json counts {len(layers):,} decoder layers, and there is {min(found)}. "
+            "Correct num_hidden_layers, or copy or download both again."
+        )
 
 
 def _refuse_encoders(model: PreTrainedModel) -> None:

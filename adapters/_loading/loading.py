@@ -23,7 +23,7 @@ from .._checkpoints.admission import refuse_other_codes, refuse_quantized, requi
 from .._checkpoints.origin import Origin
 from .._checkpoints.reading import ask, model_class, parameters_on_meta, read_tokenizer
 from .._checkpoints.shards import Shards
-from .._discovery.family import decoder_layers
+from .._discovery.family import decoder_layers, refuse_more_layers
 from .._discovery.operators import computes_on
 from .._huggingface import HuggingFaceModel
 
@@ -156,12 +156,10 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantized(config)
     folder = Path(place["pretrained_model_name_or_path"])
-    if folder.is_dir() and "gguf_file" not in place:
-        with suppress(model_folder.NotStreamable):
-            ask(source, lambda: model_folder.check_layers(folder, config))
     reader = model_class(source, config)
     if folder.is_dir() and "gguf_file" not in place:
         with suppress(model_folder.NotStreamable):
+            ask(source, lambda: model_folder.check_layers(folder, config))
             _refuse_codes(folder, empty_model(source, config, place))
     options = place | {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
     if "gguf_file" not in place:
@@ -177,6 +175,7 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
             f"{source}: {first} has another shape in the checkpoint than by its config.json, "
             f"{list(model.state_dict()[first].shape)}. Copy or download it again, or correct its config.json."
         )
+    refuse_more_layers(model, info["unexpected_keys"])
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(

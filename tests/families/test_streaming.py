@@ -1,5 +1,6 @@
 """Layer by layer out of the shards is the same, bit for bit, as with the whole model in memory."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -221,3 +222,14 @@ def test_what_comes_next_is_read_ahead(llama: Path, tmp_path: Path, monkeypatch:
     monkeypatch.delattr(os, "posix_fadvise")  # as on macOS
     convexprune.prune(llama, output_dir=tmp_path / "b", **SETTINGS)
     assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_configuration_of_fewer_layers_than_the_checkpoint_has_is_refused(tmp_path: Path, stream: bool):
+    build_family("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"config.json counts 1 decoder layers, and there is model\.layers\.1\."):
+        load(tmp_path, device="cpu", stream=stream)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    assert len(load(tmp_path, device="cpu", stream=stream).layers) == 1
