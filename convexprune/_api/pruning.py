@@ -143,6 +143,9 @@ class InFolder(Request):
         report.identity = self._identity(windows, report)
         if self.call.overwrite and not self.call.resume:
             folder.restart()
+        elif self.call.overwrite and folder.holds(report) and holds_pack(folder.folder) == self.call.pack:
+            folder.replaces = None
+            self._check_finished()
         with folder.opened(report.identity, self.sources.sampled(windows), self.executor.rank):
             written = not folder.is_finished and self._finish(loaded, windows, report)
         in_place = not loaded.streams and self.removal is None

@@ -120,6 +120,11 @@ class RunFolder:
     def report(self) -> Report:
         return Report.from_json(read_text(self.folder / REPORT, LONGEST_REPORT), str(self.folder / REPORT))
 
+    def holds(self, report: Report) -> bool:
+        """Return True if the result is that of the run of a `report`, with all its settings, and no other is begun."""
+        then = self.report() if (self.folder / REPORT).is_file() and not self.is_unfinished else Report({}, {}, {})
+        return not differences([then.identity, then.recipe], json.loads(json.dumps([report.identity, report.recipe])))
+
     def require_whole(
         self, checksum: Callable[[Path, str], str | None] = checksum_inside, advice: str = PRUNE_AGAIN
     ) -> None:

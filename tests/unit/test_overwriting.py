@@ -40,6 +40,19 @@ def test_a_run_takes_the_place_of_another(build, done: Path, pack: bool):
     assert [path.name for path in done.parent.iterdir()] == ["out"]  # nothing is left beside it
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_finished_run_is_handed_back_by_the_command_that_has_made_it(build, tmp_path: Path, pack: bool):
+    out, again = tmp_path / "out", {"output_dir": tmp_path / "out", "overwrite": True, "resume": True}
+    convexprune.prune(build("llama"), **GIVEN, **again, pack=pack)
+    before = files(out)  # with the times in its report
+    convexprune.prune(build("llama"), **GIVEN, **again, pack=pack)
+    assert files(out) == before
+    for changed in ({"pack": not pack}, {"sparsity": 0.3}, {"evaluation": "self"}):
+        convexprune.prune(build("llama"), **GIVEN | changed, **again)
+        assert files(out) != before
+        before = files(out)
+
+
 def test_where_nothing_is_overwriting_is_an_ordinary_run(build, tmp_path: Path):
     convexprune.prune(build("llama"), **GIVEN, output_dir=tmp_path / "deep" / "out", overwrite=True)
     assert (tmp_path / "deep" / "out" / "report.json").is_file()
