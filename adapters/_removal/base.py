@@ -45,15 +45,24 @@ def settings_in(folder: Path) -> dict[str, Any]:
     return PretrainedConfig.get_config_dict(folder)[0]
 
 
-def candidates(config: PretrainedConfig, size: int) -> Iterator[Place]:
+def candidates(model: HuggingFaceModel, size: int) -> Iterator[Place]:
     """Yield settings that may declare a size: first settings with its value, then settings left to the model."""
+    config = model.model.config
     text = config.get_text_config()
-    inside = () if text is config else tuple(name for name, value in vars(config).items() if value is text)[:1]
+    nested = tuple(name for name, value in vars(config).items() if value is text)[:1]
+    inside = _inside(config, settings_of(model)) if text is config else nested
     values = text.to_dict()
     yield from ((*inside, name) for name, value in values.items() if type(value) is int and value == size)
     yield from (
         (*inside, name) for name, value in values.items() if value is None and any(part in name for part in UNSET)
     )
+
+
+def _inside(config: PretrainedConfig, settings: Mapping[str, Any]) -> Place:
+    """Return where a checkpoint has the settings of its text, if transformers reads that alone: of Llama 4, say."""
+    kind = config.model_type
+    parts = (name for name, part in settings.items() if isinstance(part, dict) and part.get("model_type") == kind)
+    return () if settings.get("model_type") == kind else tuple(parts)[:1]
 
 
 def with_values(settings: Mapping[str, Any], values: Mapping[Place, Any]) -> dict[str, Any]:
@@ -78,6 +87,8 @@ def renumbered(name: str, lists: Iterable[str], gone: Collection[int]) -> str | 
 
 
 def built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
+    for name in _inside(model.config, settings):
+        settings = settings[name]
     with parameters_on_meta():
         return type(model)(type(model.config).from_dict(deepcopy(dict(settings))))
 
@@ -256,7 +267,7 @@ class AbstractRemoval(ABC):
     def model(self, model: HuggingFaceModel) -> PreTrainedModel:
         """Return the smaller model, with the weights of a `model` that is whole in memory."""
         inner = model.model
-        smaller = built(inner, self.configured(inner.config.to_dict()))
+        smaller = built(inner, self.configured(settings_of(model)))
         smaller.load_state_dict(self.state(inner.state_dict()), assign=True)
         smaller.tie_weights()
         smaller.generation_config = inner.generation_config

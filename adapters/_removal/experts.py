@@ -111,7 +111,7 @@ def find_experts(model: HuggingFaceModel, pattern: Constraint) -> ExpertRemoval:
     if not sizes:
         raise ModelError(f"{model.name} has no mixture of experts. Patterns 'channels' and 'layers' make it smaller.")
     for size in sizes:
-        for place in candidates(model.model.config, size):
+        for place in candidates(model, size):
             if mixtures := _said_by(model, place, size):
                 check_some(pattern.sparsity, size, "experts")
                 left = pattern.width(size)
@@ -155,7 +155,7 @@ def _said_by(model: HuggingFaceModel, place: Place, size: int) -> list[Mixture]:
 
 def small_blocks(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], number: int) -> list[nn.Module]:
     """Return blocks by mixture with a new number of experts without memory; further parts are the model's."""
-    small = built(model.model, with_values(model.model.config.to_dict(), {place: number})).eval().requires_grad_(False)
+    small = built(model.model, with_values(settings_of(model), {place: number})).eval().requires_grad_(False)
     blocks = list[nn.Module]()
     for mixture in mixtures:
         blocks.append(small.get_submodule(mixture.block))

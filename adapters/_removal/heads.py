@@ -102,11 +102,11 @@ def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowin
 
 def _candidates(model: HuggingFaceModel, values: _Values, left: int) -> Iterator[Narrowing]:
     """Yield settings that may declare the remaining groups: as many as possible of those with the present numbers."""
-    config, text = model.model.config, model.model.config.get_text_config()
+    text = model.model.config.get_text_config()
     places: dict[Place, int] = {
         place: number
         for number in dict.fromkeys((values.heads, values.groups))
-        for place in candidates(config, number)
+        for place in candidates(model, number)
         if "head" in place[-1] and "dim" not in place[-1]
     }
     width = getattr(text, DIM, None) or text.hidden_size // values.heads
@@ -195,7 +195,7 @@ def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
     shapes.
     """
     narrowed = found.without_first()
-    smaller = built(model.model, found.configured(model.model.config.to_dict())).eval()
+    smaller = built(model.model, found.configured(settings_of(model))).eval()
     left, (_, layers) = [layer.name for layer in model.layers], decoder_layers(smaller)
 
     def same(layer: DecoderLayer, call: Call, hidden: Tensor) -> bool:

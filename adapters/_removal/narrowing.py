@@ -102,7 +102,7 @@ def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
     places, sets = dict[base.Place, tuple[int, int]](), list[Channels]()
     for size in dict.fromkeys(one.size for one in whole):
         pattern.check(1, size)
-        for path in base.candidates(model.model.config, size):
+        for path in base.candidates(model, size):
             pair = size, pattern.width(size)
             found = _said_by(model.model, settings, {path: pair}, [one for one in whole if one.size == size], shapes)
             if found:

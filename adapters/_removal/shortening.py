@@ -196,7 +196,7 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
     lists = {n: values for n, values in every.items() if n in per_layer or _are_numbers(n, values, count)}
     names, settings = tuple(layer.name for layer in model.layers), base.settings_of(model)
     why = "no setting has that number"
-    for place in sorted(base.candidates(model.model.config, count), key=lambda place: "layer" not in place[-1]):
+    for place in sorted(base.candidates(model, count), key=lambda place: "layer" not in place[-1]):
         allowed = list[int]()
         for number in range(count):
             one = Shortening(names, 1, place, lists, removed=[number])
