@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from convexprune._device.precision import widened
 from convexprune._layerwise.model import Call, DecoderLayer
 
-from ._checkpoints.admission import refuse_non_finite, refuse_quantized, require_plain, told_if_mixed
+from ._checkpoints.admission import refuse_non_finite, refuse_quantized, require_plain, told_if_failing
 from ._checkpoints.origin import Origin, OriginalState, origin_of_loaded, used_alone
 from ._checkpoints.shards import Shards
 from ._discovery.discovery import discover
@@ -67,7 +67,7 @@ class HuggingFaceModel(ProbedModel):
         model.eval().requires_grad_(False)
         with used_alone(model), ExitStack() as refused:
             refused.callback(self._original.restore)
-            with told_if_mixed(model):
+            with told_if_failing(model):
                 refuse_other_replays(self)
                 refuse_looking_ahead(self)
                 found = of_each_kind(self, lambda layer, call, hidden: discover(layer.module, call, hidden))

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune._device.memory import lacks_memory
 from convexprune._storage.tensors import CODES, not_finite
-from convexprune.errors import ModelError
+from convexprune.errors import ConvexpruneError, ModelError
 
 from .._discovery.operators import LINEAR_MODULES, held, offloaded
 
@@ -83,19 +83,22 @@ def _unusual(parameter: nn.Parameter, multiplies: bool) -> str | None:
 
 
 @contextmanager
-def told_if_mixed(model: nn.Module) -> Iterator[None]:
-    """Explain a failure of the first forward passes by the dtypes of the parameters, if there are several."""
+def told_if_failing(model: nn.Module) -> Iterator[None]:
+    """Explain a failure of the first forward passes, by the dtypes of the parameters if there are several."""
     try:
         yield
-    except RuntimeError as error:
-        dtypes = {str(p.dtype): name for name, p in model.named_parameters() if p.is_floating_point()}
-        if len(dtypes) == 1 or lacks_memory(error):
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ConvexpruneError) or lacks_memory(error):
             raise
+        dtypes = {str(p.dtype): name for name, p in model.named_parameters() if p.is_floating_point()}
         named = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-        raise ModelError(
-            f"The model fails on a batch of tokens: {error}. Its parameters are of several types: {named}. Give dtype, "
-            "or bring them to one type: model.to(torch.bfloat16)."
-        ) from error
+        remedy = "It has to run on token ids alone: model(input_ids=...)."
+        if len(dtypes) > 1:
+            remedy = (
+                f"Its parameters are of several types: {named}. Give dtype, or bring them to one type: "
+                "model.to(torch.bfloat16)."
+            )
+        raise ModelError(f"A {type(model).__name__} fails on a batch of tokens: {error}. {remedy}") from error
 
 
 def refuse_quantized(config: PretrainedConfig) -> None:

@@ -10,6 +10,7 @@ import transformers as t
 from tiny_families import SMALL, TOKENS, build_family, on_disk
 
 import convexprune
+from convexprune.errors import ModelError
 from convexprune.validation import verify
 
 VISION: dict[str, Any] = {
@@ -50,3 +51,15 @@ def test_the_text_becomes_smaller_and_all_around_it_stays(pattern: str, setting:
     here = convexprune.prune(tmp_path / "dense", **SMALL | share)
     assert torch.equal(here.model(TOKENS).logits, smaller(TOKENS).logits)
     assert verify(tmp_path / "out", dataset=TOKENS, sample=1).passed
+
+
+def test_a_model_that_fails_in_its_own_forward_pass_is_refused_in_words(monkeypatch: pytest.MonkeyPatch):
+    """As Llama 4 with images does in transformers 5.24."""
+
+    def lacking(*_: Any, **__: Any) -> Any:
+        raise AttributeError("no attribute 'image_outputs'")
+
+    model = build_family("llama")
+    monkeypatch.setattr(model.model, "forward", lacking)
+    with pytest.raises(ModelError, match=r"A LlamaForCausalLM fails on a batch of tokens: no attribute .* token ids"):
+        convexprune.prune(model, **SMALL, method="wanda")
