@@ -182,6 +182,8 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
             f"{source}: the checkpoint lacks {len(missing)} tensors that the model needs, first {missing[0]}; "
             "they would be random. Copy or download it again, or correct its config.json."
         )
+    if type(model.config) is not type(config):
+        logger.warning("%s: transformers reads its text alone; what is saved from memory has no images.", source)
     # On a CPU transformers maps the weights from their files: what is written to these would change the model.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

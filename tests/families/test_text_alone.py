@@ -38,7 +38,7 @@ def test_the_text_becomes_smaller_and_all_around_it_stays(pattern: str, setting:
     with_images().save_pretrained(tmp_path / "dense")
     share = {"pattern": pattern, "sparsity": 0.25 if pattern == "experts" else 0.4}
     result = convexprune.prune(tmp_path / "dense", **SMALL | share, output_dir=tmp_path / "out")
-    assert result.report.narrowed[f"text_config.{setting}"] == sizes
+    assert (result.report.narrowed or {})[f"text_config.{setting}"] == sizes
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["model_type"] == "llama4" and said["text_config"][setting] == sizes[1]
     smaller = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -51,6 +51,13 @@ def test_the_text_becomes_smaller_and_all_around_it_stays(pattern: str, setting:
     here = convexprune.prune(tmp_path / "dense", **SMALL | share)
     assert torch.equal(here.model(TOKENS).logits, smaller(TOKENS).logits)
     assert verify(tmp_path / "out", dataset=TOKENS, sample=1).passed
+
+
+def test_what_is_left_out_in_memory_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A checkpoint that does not stream is loaded whole, and its result is the text alone."""
+    with_images().save_pretrained(tmp_path / "dense")
+    convexprune.prune(tmp_path / "dense", **SMALL, method="wanda")
+    assert "reads its text alone; what is saved from memory has no images" in caplog.text
 
 
 def test_a_model_that_fails_in_its_own_forward_pass_is_refused_in_words(monkeypatch: pytest.MonkeyPatch):
