@@ -204,11 +204,12 @@ def write_tokenizer(writer: gguf.GGUFWriter, folder: Path, words: int) -> None:
         return
     try:
         said, tokenizer = json.loads(read_text(path, LONGEST)), Tokenizer.from_file(str(path))
+        merges_bytes = not said["model"].get("byte_fallback", False)
+        special = gguf.SpecialVocab(folder, load_merges=merges_bytes, n_vocab=words)
     except Exception as cause:  # tokenizers raises nothing more special
-        raise ModelError(f"{path} cannot be read ({cause}). Copy or download it again.") from cause
+        raise ModelError(f"{folder}: its tokenizer cannot be read ({cause}). Copy or download it again.") from cause
     if (last := max(tokenizer.get_vocab().values(), default=0)) >= words:
         raise ModelError(f"{path} has a token {last:,}, the embedding ends at {words - 1:,}. Is it another model's?")
-    merges_bytes = not said["model"].get("byte_fallback", False)
     tokens, kinds = _tokens(tokenizer, said, words, merges_bytes)
     writer.add_tokenizer_model("gpt2" if merges_bytes else "llama")
     writer.add_tokenizer_pre(_split(said, path) if merges_bytes else "default")
@@ -216,7 +217,6 @@ def write_tokenizer(writer: gguf.GGUFWriter, folder: Path, words: int) -> None:
     if not merges_bytes:
         writer.add_token_scores(_scores(said, tokens))
     writer.add_token_types(kinds)
-    special = gguf.SpecialVocab(folder, load_merges=merges_bytes, n_vocab=len(tokens))
     ids, known = tokenizer.encode("a").ids, special.special_token_ids  # whether a text begins and ends with a token
     special.add_special_token |= {"bos": ids[0] == known.get("bos"), "eos": ids[-1] == known.get("eos")}
     special.add_to_gguf(writer, quiet=True)

@@ -211,11 +211,22 @@ def test_the_commands_from_an_instruct_model_to_a_chat(tmp_path: Path, monkeypat
         ids = [*ids, int(here.argmax())]
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "has a token 4,095, the embedding ends"), ("{", "be read")])
-def test_a_tokenizer_of_another_model_makes_no_file(dense: Path, tmp_path: Path, text: str | None, message: str):
+TOKENS = (EMBEDDED / "tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": TOKENS}, r"tokenizer\.json has a token 4,095, the embedding ends at 511"),
+        ({"tokenizer.json": "{"}, r"model: its tokenizer cannot be read \("),
+        ({"tokenizer.json": TOKENS, "tokenizer_config.json": "["}, r"model: its tokenizer cannot be read \("),
+    ],
+)
+def test_a_tokenizer_of_another_model_makes_no_file(dense: Path, tmp_path: Path, files: dict[str, str], message: str):
     folder = shutil.copytree(dense, tmp_path / "model")
-    (folder / "tokenizer.json").write_text(text or (EMBEDDED / "tokenizer.json").read_text())
-    with pytest.raises(ModelError, match=rf"tokenizer\.json .*{message}"):
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ModelError, match=message):
         convexprune.export(folder, tmp_path / "model.gguf", "gguf")
 
 
