@@ -51,6 +51,14 @@ def test_a_folder_comes_back_file_by_file(pruned: Path, packed: Path, tmp_path: 
     assert not [n for n in names if n.endswith(".safetensors") and not n.endswith(".pack.safetensors")]
 
 
+def test_a_folder_without_one_of_its_shards_is_not_packed(dense: Path, tmp_path: Path):
+    folder = shutil.copytree(dense, tmp_path / "model")
+    missing = max(folder.glob("*.safetensors"))
+    missing.unlink()
+    with pytest.raises(ModelError, match=rf"index\.json names {missing.name}, which is missing"):
+        convexprune.pack(folder, tmp_path / "packed")
+
+
 def test_the_outcome_counts_all_files(pruned: Path, tmp_path: Path):
     outcome = convexprune.pack(pruned, tmp_path / "packed")
     assert outcome.before == sum(map(len, _files(pruned).values()))
