@@ -42,6 +42,11 @@ SCALING = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
 }  # fmt: skip
 """Types of rotary embeddings that a file can say, and the numbers that they have."""
+YARN = (
+    ("attention_factor", None), ("mscale", None), ("mscale_all_dim", None),
+    ("beta_fast", 32), ("beta_slow", 1), ("truncate", True),
+)  # fmt: skip
+"""Further settings of YaRN, none of which a file says here, and what llama.cpp computes with."""
 BROKEN = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")  # no whole numbers
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 ROTATED = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
@@ -85,10 +90,12 @@ class GGUFModel:
             raise ModelError(f"{folder}: rotary embeddings of type {self.kind!r} cannot be written as GGUF.")
         default = 1e6 if name == "MixtralForCausalLM" else 1e4  # by which transformers rotates, too
         self.rope = {"rope_theta": config.get("rope_theta", default)} | rope
-        for key, value in (("hidden_act", "silu"), ("use_sliding_window", False), *self.architecture.granted):
-            if config.get(key, value) != value:
+        computed = [("hidden_act", "silu"), ("use_sliding_window", False), *self.architecture.granted]
+        said = {**config, **self.rope} if self.kind == "yarn" else config
+        for key, value in (*computed, *(YARN if self.kind == "yarn" else ())):
+            if (found := said.get(key)) is not None and found != value:
                 raise ModelError(
-                    f"{folder}: {key} is {config[key]!r}; llama.cpp computes {self.architecture.name} with {value!r}."
+                    f"{folder}: {key} is {found!r}; llama.cpp computes {self.architecture.name} with {value!r}."
                 )
         given = [key for key in ("num_experts", *SIZES.values()) if config.get(key) is not None]
         numbers: dict[str, Any] = {key: config.get(key) for key in (*NEEDED, *given)}

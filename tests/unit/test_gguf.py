@@ -29,10 +29,12 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 MIXTURE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 256}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 64}}),
     "qwen2": ("Qwen2", {}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"head_dim": 128}),
     "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "qwen3moe": ("Qwen3Moe", MIXTURE | {"num_experts": 3, "norm_topk_prob": True, "head_dim": 64}),
@@ -276,12 +278,8 @@ def test_llama_cpp_computes_what_the_folder_does(family: str, name: str, tmp_pat
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("pattern", ["channels", "heads", "layers"])
 def test_smaller_models_are_written_too(pattern: str, tmp_path: Path):
-    convexprune.prune(
-        built("llama", tmp_path / "dense"),
-        output_dir=tmp_path / "small",
-        pattern=pattern,
-        **SETTINGS | {"sparsity": 0.5, "method": "convex"},
-    )
+    asked: Any = SETTINGS | {"sparsity": 0.5, "method": "convex", "pattern": pattern}
+    convexprune.prune(built("llama", tmp_path / "dense"), output_dir=tmp_path / "small", **asked)
     folder = quantized(tmp_path / "small", tmp_path / "run", quantize="q8_0")
     path = as_float32(exported(folder, tmp_path / "model.gguf"), tmp_path / "float32.gguf")
     window = torch.arange(3, 60)

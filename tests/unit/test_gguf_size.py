@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
 from runs import checksums
 from safetensors.torch import load_file
-from test_gguf import RUN, as_float32, built, exported, quantized, read
+from test_gguf import RUN, YARN, as_float32, built, exported, quantized, read
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -258,6 +258,7 @@ def test_a_result_of_a_size_is_packed_verified_and_repeated(tmp_path: Path):
         ({"rope_parameters": {"rope_theta": None}}, "rope_theta is None in config.json"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is None in config.json"),
         ({"rope_parameters": {"rope_type": {}}}, "rotary embeddings of type {} cannot be written"),
+        ({"rope_parameters": YARN | {"beta_fast": 8}}, "beta_fast is 8; llama.cpp computes llama with 32"),
         ({"architectures": [{}]}, "{} cannot be written as GGUF"),
         (None, r"config\.json cannot be read \(.*\)\. Copy"),
         ([], r"config\.json holds no settings"),
