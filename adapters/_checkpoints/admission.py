@@ -88,9 +88,10 @@ def told_if_failing(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, ConvexpruneError) or lacks_memory(error):
-            raise
         dtypes = {str(p.dtype): name for name, p in model.named_parameters() if p.is_floating_point()}
+        described = len(dtypes) == 1 and any(p.is_meta for p in model.parameters())  # then its configuration is wrong
+        if isinstance(error, ConvexpruneError) or lacks_memory(error) or described:
+            raise
         named = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
         remedy = "It has to run on token ids alone: model(input_ids=...)."
         if len(dtypes) > 1:
