@@ -18,6 +18,10 @@ VISION: dict[str, Any] = {
     "patch_size": 8, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16,
 }  # fmt: skip
 
+reads_text = pytest.mark.skipif(
+    t.__version__.startswith("4."), reason="transformers 4 makes no text model of such a configuration"
+)
+
 
 def with_images() -> Any:
     config = t.Llama4Config(text_config=build_family("llama4_text").config.to_dict(), vision_config=VISION)
@@ -25,6 +29,7 @@ def with_images() -> Any:
     return t.Llama4ForConditionalGeneration(config).eval()
 
 
+@reads_text
 @pytest.mark.parametrize(
     ("pattern", "setting", "sizes"),
     [
@@ -53,6 +58,7 @@ def test_the_text_becomes_smaller_and_all_around_it_stays(pattern: str, setting:
     assert verify(tmp_path / "out", dataset=TOKENS, sample=1).passed
 
 
+@reads_text
 def test_what_is_left_out_in_memory_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """A checkpoint that does not stream is loaded whole, and its result is the text alone."""
     with_images().save_pretrained(tmp_path / "dense")
