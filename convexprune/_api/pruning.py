@@ -144,7 +144,7 @@ class InFolder(Request):
         if self.call.overwrite and not self.call.resume:
             folder.restart()
         elif self.call.overwrite and folder.holds(report) and holds_pack(folder.folder) == self.call.pack:
-            folder.replaces = None
+            folder.replaces = None  # so the run is finished
             self._check_finished()
         with folder.opened(report.identity, self.sources.sampled(windows), self.executor.rank):
             written = not folder.is_finished and self._finish(loaded, windows, report)

@@ -107,7 +107,8 @@ def pack(source: str | Path, output_dir: str | Path, *, allow_changed: bool = Fa
     folder, files = source_files(source)
     if any(map(is_packed, files)):
         raise ModelError(f"{folder} is a pack already. Give a folder of plain safetensors files.")
-    if not weight_files(folder, files) and not any(path.suffix == SUFFIX for path in files):
+    weight_files(folder, files)  # refuses a folder that lacks a shard
+    if not any(path.suffix == SUFFIX for path in files):
         raise ModelError(f"{folder} holds no safetensors file: there is nothing to pack. Save the model as such first.")
     if left_out := [path for path in files if path.name.endswith(OTHER_WEIGHTS)]:
         logger.warning("left out, weights in another format: %s", ", ".join(map(str, left_out)))

@@ -23,19 +23,22 @@ SIZES = {
     "add_embedding_length": "hidden_size",
     "add_feed_forward_length": "intermediate_size",
     "add_head_count": "num_attention_heads",
-    "add_layer_norm_rms_eps": "rms_norm_eps",
-    "add_vocab_size": "vocab_size",
     "add_head_count_kv": "num_key_value_heads",
+    "add_layer_norm_rms_eps": "rms_norm_eps",
     "add_expert_count": "num_local_experts",
     "add_expert_used_count": "num_experts_per_tok",
     "add_expert_feed_forward_length": "moe_intermediate_size",
     "add_expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "add_key_length": "head_dim",
     "add_value_length": "head_dim",
+    "add_vocab_size": "vocab_size",
 }
 """Methods of the writer, and the settings of `config.json` that they take."""
 LONGEST = 1 << 28  # bytes of config.json
-NEEDED = ("num_hidden_layers", *list(SIZES.values())[:6])  # the first ones, up to vocab_size
+NEEDED = (
+    "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "rms_norm_eps", "vocab_size",
+)  # fmt: skip
 ORIGINAL = "original_max_position_embeddings"
 SCALING = {
     "default": (), "linear": ("factor",), "yarn": ("factor", ORIGINAL),
@@ -47,7 +50,8 @@ YARN = (
     ("beta_fast", 32), ("beta_slow", 1), ("truncate", True),
 )  # fmt: skip
 """Further settings of YaRN, none of which a file says here, and what llama.cpp computes with."""
-BROKEN = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")  # no whole numbers
+FRACTIONS = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")
+"""Settings that need not be whole numbers."""
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 ROTATED = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
 
@@ -90,23 +94,32 @@ class GGUFModel:
             raise ModelError(f"{folder}: rotary embeddings of type {self.kind!r} cannot be written as GGUF.")
         default = 1e6 if name == "MixtralForCausalLM" else 1e4  # by which transformers rotates, too
         self.rope = {"rope_theta": config.get("rope_theta", default)} | rope
-        computed = [("hidden_act", "silu"), ("use_sliding_window", False), *self.architecture.granted]
-        said = {**config, **self.rope} if self.kind == "yarn" else config
-        for key, value in (*computed, *(YARN if self.kind == "yarn" else ())):
+        self._require_computed(folder)
+        self._require_numbers(folder)
+        keys = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+        self.layers = int(config["num_hidden_layers"])
+        self._names = gguf.get_tensor_name_map(keys[self.architecture.name], self.layers)
+
+    def _require_computed(self, folder: Path) -> None:
+        """Refuse settings with which llama.cpp does not compute."""
+        said = self.config | self.rope
+        further = YARN if self.kind == "yarn" else ()
+        for key, value in (("hidden_act", "silu"), ("use_sliding_window", False), *self.architecture.granted, *further):
             if (found := said.get(key)) is not None and found != value:
                 raise ModelError(
                     f"{folder}: {key} is {found!r}; llama.cpp computes {self.architecture.name} with {value!r}."
                 )
+
+    def _require_numbers(self, folder: Path) -> None:
+        """Refuse settings of which no key of a file can be made."""
+        config = self.config
         given = [key for key in ("num_experts", *SIZES.values()) if config.get(key) is not None]
         numbers: dict[str, Any] = {key: config.get(key) for key in (*NEEDED, *given)}
         numbers |= {key: self.rope.get(key) for key in ("rope_theta", *SCALING[self.kind])}
         for key, value in numbers.items():
-            kinds, largest = ((int, float), 1e38) if key in BROKEN else ((int,), 1 << 32)
+            kinds, largest = ((int, float), 1e38) if key in FRACTIONS else ((int,), 1 << 32)
             if type(value) not in kinds or not 0 < value < largest:
                 raise ModelError(f"{folder}: {key} is {shown(value)} in config.json, no positive number. Correct it.")
-        keys = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
-        self.layers = int(config["num_hidden_layers"])
-        self._names = gguf.get_tensor_name_map(keys[self.architecture.name], self.layers)
 
     @classmethod
     def of(cls, folder: Path) -> "GGUFModel":

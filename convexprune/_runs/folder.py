@@ -122,8 +122,10 @@ class RunFolder:
 
     def holds(self, report: Report) -> bool:
         """Return True if the result is that of the run of a `report`, with all its settings, and no other is begun."""
-        then = self.report() if (self.folder / REPORT).is_file() and not self.is_unfinished else Report({}, {}, {})
-        return not differences([then.identity, then.recipe], json.loads(json.dumps([report.identity, report.recipe])))
+        if self.is_unfinished or not (self.folder / REPORT).is_file():
+            return False
+        then, now = ([each.identity, each.recipe] for each in (self.report(), report))
+        return then == json.loads(json.dumps(now))
 
     def require_whole(
         self, checksum: Callable[[Path, str], str | None] = checksum_inside, advice: str = PRUNE_AGAIN
