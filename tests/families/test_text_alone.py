@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from packaging.version import Version
 from tiny_families import SMALL, TOKENS, build_family, on_disk
 
 import convexprune
@@ -19,7 +20,8 @@ VISION: dict[str, Any] = {
 }  # fmt: skip
 
 reads_text = pytest.mark.skipif(
-    t.__version__.startswith("4."), reason="transformers 4 makes no text model of such a configuration"
+    Version(t.__version__) < Version("5.15"),
+    reason="transformers 4.57 makes no text model of this configuration, and 5.0 no model at all",
 )
 
 
