@@ -221,6 +221,8 @@ class Report:
         """
         try:
             whole = json.loads(text)
+            if not isinstance(whole, dict) or "checksum" not in whole:
+                raise ValueError("it has no checksum")
             if whole.pop("checksum") != _checksum(whole):
                 raise ValueError("its checksum is that of another text")
             said = {name: whole.pop(name) for name in DERIVED if name in whole}
@@ -233,7 +235,9 @@ class Report:
             reason = f"{'.'.join(map(str, fault['loc']))[:100]}: {fault['msg']}"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
             reason = f"{type(cause).__name__}: {cause}"
-        raise OutputError(f"{name} is damaged, or of another release of convexprune ({reason[:200]}).")
+        raise OutputError(
+            f"{name} is damaged, or of another release of convexprune ({reason[:200]}). Put back what was written."
+        )
 
     def _repr_html_(self) -> str:
         console = Console(record=True, file=StringIO(), width=160)

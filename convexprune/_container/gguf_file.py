@@ -16,9 +16,9 @@ from convexprune._container.file import is_packed
 from convexprune._container.folder import source_files, source_tensors, weight_files
 from convexprune._container.gguf_model import GGUFModel, write_tokenizer
 from convexprune._container.layouts import Size
-from convexprune._container.provenance import unchanged
+from convexprune._container.provenance import holds_report, unchanged
 from convexprune._progress import begin
-from convexprune._runs.folder import BLOCKS, RunFolder
+from convexprune._runs.folder import BLOCKS, REPORT, RunFolder
 from convexprune._storage.files import named
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, cast, entries
@@ -97,8 +97,12 @@ def export(source: str | Path, output: str | Path, allow_changed: bool, _: Calla
         if not plain:
             raise ModelError(f"{folder} holds no safetensors file. Save the model as such first.")
         model = GGUFModel.of(folder)
-        run = RunFolder(folder)
-        report = run.report() if run.is_finished else None
+        report = RunFolder(folder).report() if holds_report(folder) else None
+        if report is None and (folder / BLOCKS).exists():
+            raise OutputError(
+                f"{folder} holds {BLOCKS}, but not the {REPORT} that says of what. Put it back; or remove {BLOCKS}, to "
+                "write the weights as they are stored."
+            )
         quantized = {} if report is None else _quantized(model, folder, report)
         tensors = places(model, plain, quantized)
         if quantized:

@@ -18,6 +18,8 @@ HEAD = 1 << 12  # bytes of a page in which the tag is looked for
 READ = (SUFFIX, ".json", ".bin", ".gguf", ".model", ".jinja", ".txt", ".py")
 """Ends of the names of files that decide what a model is."""
 AS_IT_IS = "Put back what was written, or take it as it is with allow_changed=True (--allow-changed)."
+OF_REPORT = {"checksum", "operators", "recipe", "left_alone"}
+"""Of a JSON file of the report's name without one of these, another program is the author."""
 
 
 @contextmanager
@@ -37,16 +39,26 @@ def unchanged(folder: Path, allow_changed: bool, name: str | None = None) -> Ite
 
 def require_as_written(folder: Path, allow_changed: bool = False) -> None:
     """Refuse a folder whose files are not those of its report, unless that is allowed."""
-    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
-    if allow_changed or (isinstance(report, dict) and not {"operators", "recipe"} <= report.keys()):
-        return  # no report, or another program's
+    if allow_changed or not holds_report(folder):
+        return
     run = RunFolder(folder)
+    try:
+        known = run.report().files
+    except OutputError as error:
+        raise OutputError(f"{error} Or take the model as it is with allow_changed=True (--allow-changed).") from error
     run.require_whole(plain_checksum, AS_IT_IS)
-    known = run.report().files
     packs = {packed_name(Path(name)).as_posix() for name in known}
     weights = (path.name for path in sorted(folder.glob(f"*{SUFFIX}")))
     if known and (new := [name for name in weights if name not in {*known, *packs}]):
         raise OutputError(f"{folder}: {', '.join(new[:5])} was not written by the run of {REPORT}. {AS_IT_IS}")
+
+
+def holds_report(folder: Path) -> bool:
+    """Return True if a folder has a report of a run, damaged or not; False if it is another program's."""
+    if not (folder / REPORT).is_file():
+        return False
+    report = read_json(folder / REPORT)
+    return not report or not isinstance(report, dict) or not OF_REPORT.isdisjoint(report)
 
 
 def plain_checksum(folder: Path, name: str) -> str | None:

@@ -110,6 +110,23 @@ def test_weights_that_the_run_did_not_write_are_refused_and_other_reports_are_no
     convexprune.load(run)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "1", "", "{", '{"recipe": {}}', '{"checksum": "0", "files": {}}'])
+@pytest.mark.parametrize("reader", ["pack", "eval", "eval, against it", "export", "load", "report"])
+def test_a_damaged_report_is_refused(reader: str, text: str, sources: Path, tmp_path: Path):
+    kind, read = READERS[reader]
+    run = Path(shutil.copytree(sources / kind, tmp_path / "run"))
+    (run / "report.json").write_text(text)
+    with pytest.raises(errors.OutputError, match=r"report\.json is damaged, or .*Put back what was written") as caught:
+        read(run, tmp_path / "out", [])
+    assert not {"KeyError", "TypeError", "AttributeError"} & {
+        *str(caught.value).replace("(", " ").replace(":", " ").split()
+    }
+    assert not (tmp_path / "out").exists()
+    if reader not in ("export", "report"):  # which need it
+        assert "--allow-changed" in str(caught.value)
+        read(run, tmp_path / "out", ["--allow-changed"])
+
+
 def _replace(path: Path) -> None:
     shutil.copy(path, path.with_name("new"))
     os.replace(path.with_name("new"), path)
