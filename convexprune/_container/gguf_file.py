@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from convexprune._container.layouts import Size
 from convexprune._container.provenance import holds_report, unchanged
 from convexprune._progress import begin
 from convexprune._runs.folder import BLOCKS, REPORT, RunFolder
-from convexprune._storage.files import named
+from convexprune._storage.files import named, write
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, cast, entries
 from convexprune.constraints import FAMILIES, Q4_0, Q5_0, Q8_0, Block, Codebook, Grid, Scales, make_grid, parse_pattern
@@ -233,13 +234,19 @@ def add_infos(writer: gguf.GGUFWriter, model: GGUFModel, tensors: Mapping[str, l
     writer.write_ti_data_to_file()
 
 
+class _Rows(np.ndarray):
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        """Let the file say why it cannot be written: numpy does not."""
+        write(fid, self.data)
+
+
 def _write(writer: gguf.GGUFWriter, model: GGUFModel, tensors: Mapping[str, list[Part]]) -> None:
     """Write all tensors, one after another."""
     step = begin("exporting", len(tensors))
     for tensor in model.extra().values():
-        writer.write_tensor_data(tensor.numpy())
+        writer.write_tensor_data(tensor.numpy().view(_Rows))
     for name, parts in tensors.items():
-        writer.write_tensor_data(torch.cat([model.rows(part.name, part.read()) for part in parts]).numpy())
+        writer.write_tensor_data(torch.cat([model.rows(part.name, part.read()) for part in parts]).numpy().view(_Rows))
         step(name)
     writer.flush()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,27 @@ def test_a_damaged_report_is_refused(reader: str, text: str, sources: Path, tmp_
     if reader not in ("export", "report"):  # which need it
         assert "--allow-changed" in str(caught.value)
         read(run, tmp_path / "out", ["--allow-changed"])
+
+
+def test_a_gguf_file_needs_the_report_of_block_grids_and_no_other(sources: Path, tmp_path: Path):
+    dense = Path(shutil.copytree(sources / "dense", tmp_path / "dense"))
+    (dense / "report.json").write_text('{"created": 1}')
+    convexprune.export(dense, tmp_path / "dense.gguf", "gguf")
+    (dense / "report.json").unlink()
+    (dense / "blocks.ggml").touch()
+    with pytest.raises(errors.OutputError, match=r"holds blocks\.ggml, but not the report\.json"):
+        convexprune.export(dense, tmp_path / "blocks.gguf", "gguf")
+
+
+def test_a_full_disk_is_named_and_no_half_of_a_gguf_file_stays(sources: Path, tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # in the middle of a tensor
+    try:
+        with pytest.raises(errors.OutputError, match=r"cannot be written: .*File too large.* Make room"):
+            convexprune.export(sources / "dense", tmp_path / "model.gguf", "gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def _replace(path: Path) -> None:
