@@ -131,7 +131,8 @@ class GroupLasso(_Linear):
         if groups.shape != alone.shape or groups.dtype.kind not in "iu" or groups.min() < 0:
             accepted = f"a whole number from 0 for each of {len(alone)} features"
             raise ProblemError(f"groups={self.groups!r}. Accepted: {accepted}.")
-        return core.RowGroups(groups, alpha * np.sqrt(np.bincount(groups)))  # pyright: ignore[reportArgumentType]
+        _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        return core.RowGroups(groups, alpha * np.sqrt(sizes))  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(eq=False, repr=False)

@@ -105,7 +105,19 @@ class AbstractPenalty(ABC):
         return Scaled(self, float(scale.flatten()[0]))
 
     def times(self, factor: float) -> "AbstractPenalty":
-        """Return the penalty `factor` p; the factor is positive."""
+        """Return the penalty `factor` p.
+
+        Args:
+            factor: positive.
+
+        Returns:
+            The penalty.
+
+        Raises:
+            ProblemError: the factor is not positive, or not finite.
+        """
+        if not 0 < factor < inf:
+            raise ProblemError(f"A penalty times {factor}. Accepted: a positive, finite factor.")
         if not self.priced:
             return Scaled(self, 1.0, factor)
         other = copy(self)
@@ -205,11 +217,15 @@ class Scaled(AbstractPenalty):
         return self.scale / self.factor
 
 
-def checked_strength(strength: float | Array, wrong: str, most: float = inf) -> float | Tensor:
+def checked_strength(strength: float | Array, wrong: str, most: float = inf, name: str = "strength") -> float | Tensor:
     """Return a strength, or a floating-point tensor of strengths, that is not negative and not above `most`."""
-    strength = float(strength) if isinstance(strength, Real) else as_floats("strength", strength)
+    strength = float(strength) if isinstance(strength, Real) else as_floats(name, strength)
     tensor = torch.as_tensor(strength, dtype=torch.float64)
-    least, largest = tensor.aminmax() if tensor.numel() else (-1, 0)  # NaN if there is one
+    if not tensor.numel():
+        raise ProblemError(
+            f"`{name}` is {list(tensor.shape)}, without a number. Give one number, or one for each entry."
+        )
+    least, largest = tensor.aminmax()  # NaN if there is one
     if not (least >= 0 and largest <= most):
         raise ProblemError(wrong)
     return strength

@@ -42,7 +42,9 @@ def require_type(value: object, kind: type) -> None:
 def as_floats(name: str, value: object) -> Tensor:
     """Return `as_tensor`, with whole numbers and booleans in float64."""
     tensor = as_tensor(name, value)
-    return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.double()
+    if tensor.is_complex():
+        raise ProblemError(f"`{name}` is {tensor.dtype}. Accepted: real numbers; take those of .real, if they are all.")
+    return tensor if tensor.is_floating_point() else tensor.double()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +116,7 @@ def second_moments(
         raise ProblemError(f"Inputs are {x.dtype}, targets {y.dtype}; both must be float32, or both float64.")
     about = None
     if anchor is not None:
-        about, needed = as_tensor("anchor", anchor), (y.shape[1], shape[1])
+        about, needed = as_floats("anchor", anchor), (y.shape[1], shape[1])
         if about.numel() != y.shape[1] * shape[1]:
             raise ProblemError(f"`anchor` is {list(about.shape)}; needed is {list(needed)} [outputs inputs].")
         about = about.reshape(needed).to(y)
@@ -129,8 +131,11 @@ def second_moments(
         gram, cross, mean = (tensor.to(y) for tensor in _of_sparse(sparse, y.double(), intercept))
     energy = y.square().sum(0) / len(y)
     if not bool(gram.diagonal().isfinite().all() & energy.isfinite().all()):
-        bad = "whose square is too large for their dtype" if _finite(x, targets) else "that is NaN or infinite"
-        raise ProblemError(f"Inputs or targets hold a value {bad}.")
+        finite = all(bool(as_floats("", each).isfinite().all()) for each in (x, targets, anchor) if each is not None)
+        bad = "whose square is too large for their dtype" if finite else "that is NaN or infinite"
+        raise ProblemError(
+            f"Inputs{', targets or the anchor' if anchor is not None else ' or targets'} hold a value {bad}."
+        )
     if intercept:
         middle = middle if about is None else middle + about @ mean
         data = DataFormat(data.numpy, data.flat, (mean, middle))
@@ -161,10 +166,6 @@ def _square(x: Tensor) -> Tensor:
             return torch.from_numpy(x.numpy().T @ x.numpy())
     gram = x.T @ x
     return (gram + gram.T) / 2
-
-
-def _finite(inputs: Tensor, targets: Any) -> bool:
-    return bool(inputs.isfinite().all() & as_floats("targets", targets).isfinite().all())
 
 
 class Shown:

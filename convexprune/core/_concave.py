@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import ClassVar, Self
 
 import torch
@@ -25,9 +26,9 @@ class Concave(Elementwise):
     def __post_init__(self) -> None:
         wrong = f"A strength of {type(self).__name__} is negative or not finite."
         object.__setattr__(self, "strength", checked_strength(self.strength, wrong, FINITE))
-        if not self.least_reach < self.reach <= FINITE:
+        if not isinstance(self.reach, Real) or not self.least_reach < self.reach <= FINITE:
             raise ProblemError(
-                f"The reach of {type(self).__name__} is {self.reach}; it must be above {self.least_reach}."
+                f"The reach of {type(self).__name__} is {self.reach!r}; it must be a number above {self.least_reach}."
             )
 
     def values(self, weight: Tensor) -> Tensor:

@@ -37,11 +37,11 @@ class ElasticNet(Elementwise):
     def __post_init__(self) -> None:
         for name in ("strength", "ridge"):
             wrong = f"`{name}` of an elastic net is negative or not finite."
-            object.__setattr__(self, name, checked_strength(getattr(self, name), wrong, FINITE))
+            object.__setattr__(self, name, checked_strength(getattr(self, name), wrong, FINITE, name))
         wrong = "The bounds of an elastic net are lower <= 0 <= upper, so that a weight of zero is allowed."
-        object.__setattr__(self, "upper", checked_strength(self.upper, wrong))
+        object.__setattr__(self, "upper", checked_strength(self.upper, wrong, name="upper"))
         least = float(self.lower) if isinstance(self.lower, Real) else as_floats("lower", self.lower)
-        checked_strength(-least, wrong)
+        checked_strength(-least, wrong, name="lower")
         object.__setattr__(self, "lower", least)
 
     def values(self, weight: Tensor) -> Tensor:

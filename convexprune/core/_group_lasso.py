@@ -132,15 +132,20 @@ class RowGroups(AbstractPenalty):
 
     def __post_init__(self) -> None:
         groups = as_tensor("groups", self.groups)
-        if groups.is_floating_point() or groups.ndim not in (1, 2) or not len(groups) or int(groups.min()) < 0:
+        whole = not (groups.is_floating_point() or groups.is_complex())
+        if not whole or groups.ndim not in (1, 2) or not groups.numel() or int(groups.long().min()) < 0:
             raise ProblemError(f"`groups` is {groups.dtype} {list(groups.shape)}; needed are whole numbers from 0.")
-        object.__setattr__(self, "groups", torch.atleast_2d(groups.long()))
+        groups = torch.atleast_2d(groups.long())
         for name in ("strength", "l1"):
             wrong = f"`{name}` of groups inside rows is not negative and finite; one `strength` may be given a group."
-            object.__setattr__(self, name, checked_strength(getattr(self, name), wrong, FINITE))
+            object.__setattr__(self, name, checked_strength(getattr(self, name), wrong, FINITE, name))
+        alike = not isinstance(self.strength, Tensor) or self.strength.numel() == 1
+        if alike and int(groups.max()) >= groups.numel():  # all numbers up to the largest take memory
+            groups = groups.unique(return_inverse=True)[1]
+        object.__setattr__(self, "groups", groups)
         if isinstance(self.strength, Tensor):
             strength = torch.atleast_2d(self.strength)
-            if len(strength) > 1 or strength.shape[1] not in (1, int(groups.max()) + 1):
+            if strength.ndim > 2 or len(strength) > 1 or strength.shape[1] not in (1, int(groups.max()) + 1):
                 raise ProblemError(f"`strength` is {list(self.strength.shape)} for {int(groups.max()) + 1} groups.")
             object.__setattr__(self, "strength", strength)
 

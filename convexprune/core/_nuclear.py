@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import inf
 from numbers import Real
+from operator import index
 
 import torch
 from torch import Tensor
@@ -65,10 +66,11 @@ class Blocks(AbstractPenalty):
 
     def __post_init__(self) -> None:
         try:
-            pairs = [isinstance(p, AbstractPenalty) and width > 0 for p, width in self.parts]
+            parts = tuple((p, int(index(width))) for p, width in self.parts)
         except (TypeError, ValueError):
-            pairs = []
-        if not pairs or not all(pairs):
+            parts = ()
+        object.__setattr__(self, "parts", parts)
+        if not parts or not all(isinstance(p, AbstractPenalty) and width > 0 for p, width in parts):
             raise ProblemError("Blocks are pairs of a penalty and a number of columns above 0: ((L1(0.1), 8), ...).")
 
     @property

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
+from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -199,7 +201,7 @@ class Quadratic(SumOfSquares):
         return type(self)(gram, cross, energy, anchor, cache=cache, checked=False, data=data)
 
     def __add__(self, other: Self) -> Self:
-        require_type(other, SumOfSquares)
+        require_type(other, Quadratic)
         if other.shape != self.shape:
             raise ProblemError(f"Quadratics of weights {list(self.shape)} and {list(other.shape)} have no sum.")
         other = other.at(self.anchor)
@@ -209,8 +211,10 @@ class Quadratic(SumOfSquares):
         return total
 
     def __mul__(self, factor: float) -> Self:
-        if not factor >= 0:
-            raise ProblemError(f"A quadratic times {factor} is not a sum of squares; the factor must be >= 0.")
+        if np.ndim(factor) or not isinstance(factor, Real | Tensor | np.ndarray) or not 0 <= factor < inf:
+            raise ProblemError(
+                f"A quadratic times {factor!r} is no sum of squares; the factor is a finite number >= 0."
+            )
         tensors = self.gram * factor, self.cross * factor, self.energy * factor, self.anchor
         scaled = type(self)(*tensors, checked=False, data=self.data)
         scaled._cache.suspect = self._cache.suspect

@@ -3,6 +3,7 @@
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from math import inf
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ class SumOfSquares:
         if self.data is None:
             object.__setattr__(self, "data", DataFormat.of(self.cross))
         if np.ndim(self.cross) == 1:  # pyright: ignore[reportArgumentType]
+            if isinstance(self.energy, Real):
+                object.__setattr__(self, "energy", as_tensor("cross", self.cross).new_tensor([float(self.energy)]))
             for name in names[1:]:
                 value = getattr(self, name)
                 shape = (1,) if name == "energy" else (1, -1)

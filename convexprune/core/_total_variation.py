@@ -32,7 +32,7 @@ class TotalVariation(AbstractPenalty):
     def __post_init__(self) -> None:
         for name in ("strength", "l1"):
             wrong = f"`{name}` of a total variation is not negative and finite: a number, or one for each row [m 1]."
-            value = checked_strength(getattr(self, name), wrong, FINITE)
+            value = checked_strength(getattr(self, name), wrong, FINITE, name)
             object.__setattr__(self, name, value)
             if isinstance(value, Tensor) and (value.ndim > 2 or (value.ndim > 0 and value.shape[-1] != 1)):
                 raise ProblemError(wrong)

@@ -113,7 +113,9 @@ def solve_all(
         ProblemError: a problem or a start has another type or number.
     """
     problems = list(problems) if isinstance(problems, Iterable) else [problems]
-    made, given = _made(solver, settings, *problems), [None] * len(problems) if starts is None else starts
+    made, given = _made(solver, settings, *problems), [None] * len(problems)
+    if starts is not None:
+        given = list(starts) if isinstance(starts, Iterable) else [starts]
     if len(given) != len(problems):
         raise ProblemError(f"{len(given)} starts for {len(problems)} problems; give one for each, or None.")
     groups, found = dict[Any, list[int]](), dict[int, Solution]()

@@ -50,7 +50,7 @@ def changed(value: float):
     "a sparse tensor": (lambda: Quadratic.least_squares(torch.eye(3).to_sparse(), torch.ones(3)), "dense"),
     "a mask": (lambda: Quadratic.least_squares(np.ma.masked_greater(X, 1), Y), "without a mask"),
     "a short anchor": (lambda: Quadratic.least_squares(X, Y, np.zeros(5)), r"`anchor` is \[5\]; needed is \[1, 6\]"),
-    "no strengths": (lambda: L1(np.ones(0)), "negative or NaN"),  # pyright: ignore[reportArgumentType]
+    "no strengths": (lambda: L1(np.ones(0)), "without a number"),  # pyright: ignore[reportArgumentType]
     "a bound of text": (lambda: ElasticNet(0.1, lower="a"), "`lower` is a str"),  # pyright: ignore[reportArgumentType]
     "one block": (lambda: Blocks(L1(0.1)), "pairs of a penalty"),  # pyright: ignore[reportArgumentType]
     "a truth for times": (lambda: POSED.quadratic.repeated(True), "times=True"),
