@@ -162,7 +162,8 @@ def test_links_are_copied_only_from_the_folder_and_the_blobs_of_the_hub(folder: 
     (blobs / "1").write_text("of the hub")
     (snapshot / "blob.txt").symlink_to("../../blobs/1")
     (snapshot / "inside.txt").symlink_to("blob.txt")
-    (snapshot / "report.json").write_text("{}")  # a name of ours: it would be taken for what the run says of itself
+    # another program's, by a name of ours: it would be taken for what the run says of itself
+    (snapshot / "report.json").write_text('{"by": "another"}')
     load(snapshot, device="cpu", stream=True).shards.assemble(tmp_path / "out", {})  # pyright: ignore
     copied = {path.name: path.read_text() for path in (tmp_path / "out").glob("*.txt")}
     assert copied == {"blob.txt": "of the hub", "inside.txt": "of the hub"}
