@@ -29,7 +29,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 yield file
             publish(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone; or it never was there, as a read-only file system says in its own way
+            temporary.unlink()
 
 
 def make_folder(folder: Path) -> None:

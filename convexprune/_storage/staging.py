@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -151,7 +151,8 @@ class Staging:
                 stack.close()
                 self._claim()
             if is_free and not shared:
-                overwrite(self.place / LOCK, f"process {os.getpid()} on {os.uname().nodename}\n")
+                with suppress(OSError):  # nothing depends on it: what cannot be written next says why
+                    overwrite(self.place / LOCK, f"process {os.getpid()} on {os.uname().nodename}\n")
                 self._recover()
             yield is_free
 

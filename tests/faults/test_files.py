@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from runs import killed
 from safetensors.torch import save_file
 
-from convexprune._storage import files
+from convexprune._storage import files, staging
 from convexprune._storage import tensors as room
 from convexprune._storage.files import (
     atomic_write,
@@ -92,6 +93,27 @@ def test_a_folder_that_may_not_be_written_to_is_not_called_full(tmp_path: Path, 
         atomic_write(tmp_path / "x"),
     ):
         pass
+
+
+def _failing(code: int) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def test_a_read_only_file_system_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("open", "unlink"):  # which is refused there even for a file that is not there
+        monkeypatch.setattr(Path, name, _failing(errno.EROFS))
+    with pytest.raises(OutputError, match=r"Read-only.* Make the file system writable"), atomic_write(tmp_path / "x"):
+        pass
+
+
+def test_a_disk_without_room_for_a_note_is_named_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(staging, "overwrite", _failing(errno.ENOSPC))
+    with pytest.raises(OutputError, match=r"No space left.* Make room"), Staging(tmp_path / "x").whole():
+        _failing(errno.ENOSPC)()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_nothing_is_left_out(
