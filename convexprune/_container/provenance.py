@@ -17,9 +17,10 @@ HEAD = 1 << 12  # bytes of a page in which the tag is looked for
 
 READ = (SUFFIX, ".json", ".bin", ".gguf", ".model", ".jinja", ".txt", ".py")
 """Ends of the names of files that decide what a model is."""
-AS_IT_IS = "Put back what was written, or take it as it is with allow_changed=True (--allow-changed)."
+TAKE_IT = "take it as it is with allow_changed=True (--allow-changed)."
+AS_IT_IS = f"Put back what was written, or {TAKE_IT}"
 OF_REPORT = {"checksum", "operators", "recipe", "left_alone"}
-"""Of a JSON file of the report's name without one of these, another program is the author."""
+"""Keys of our report.json. With none of these keys the file is another program's."""
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def require_as_written(folder: Path, allow_changed: bool = False) -> None:
     try:
         known = run.report().files
     except OutputError as error:
-        raise OutputError(f"{error} Or take the model as it is with allow_changed=True (--allow-changed).") from error
+        raise OutputError(f"{error} Or {TAKE_IT}") from error
     run.require_whole(plain_checksum, AS_IT_IS)
     packs = {packed_name(Path(name)).as_posix() for name in known}
     weights = (path.name for path in sorted(folder.glob(f"*{SUFFIX}")))
@@ -54,11 +55,11 @@ def require_as_written(folder: Path, allow_changed: bool = False) -> None:
 
 
 def holds_report(folder: Path) -> bool:
-    """Return True if a folder has a report of a run, damaged or not; False if it is another program's."""
+    """Return True if a folder has a report of a run, damaged or not; False for a file of another program."""
     if not (folder / REPORT).is_file():
         return False
     report = read_json(folder / REPORT)
-    return not report or not isinstance(report, dict) or not OF_REPORT.isdisjoint(report)
+    return not (report and isinstance(report, dict) and OF_REPORT.isdisjoint(report))
 
 
 def plain_checksum(folder: Path, name: str) -> str | None:

@@ -43,7 +43,9 @@ def as_floats(name: str, value: object) -> Tensor:
     """Return `as_tensor`, with whole numbers and booleans in float64."""
     tensor = as_tensor(name, value)
     if tensor.is_complex():
-        raise ProblemError(f"`{name}` is {tensor.dtype}. Accepted: real numbers; take those of .real, if they are all.")
+        raise ProblemError(
+            f"`{name}` is {tensor.dtype}. Accepted: real numbers. If the imaginary part is zero, take `.real`."
+        )
     return tensor if tensor.is_floating_point() else tensor.double()
 
 
