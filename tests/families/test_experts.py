@@ -118,6 +118,7 @@ def test_experts_are_pruned_alike_however_many_have_room(monkeypatch: pytest.Mon
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", MOE)
 def test_experts_fit_and_judge_the_same_tokens_in_batches_of_any_size(family: str):
     """The samples of a batch fall into halves one by one: a single batch had no second half, so no damping by noise."""

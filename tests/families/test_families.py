@@ -106,6 +106,7 @@ def test_the_logits_of_a_family_are_the_same_in_pieces(family: str, monkeypatch:
     assert len(runs) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v2"])
 def test_the_convex_pruner_beats_wanda_on_a_family(family: str):
     errors = {}

@@ -127,6 +127,7 @@ def _operations_fail(trial: Trial, moments: Iterable[int], kinds: list[str], las
         trial.check(kinds[moment], lambda moment=moment: trial.watched(moment, lasting))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mode", "step"), [("serial", 2), ("sequential", 3), ("pool", 5)])
 def test_an_operation_that_fails_is_one_clear_error_and_the_run_goes_on(small: Path, tmp_path: Path, mode, step):
     trial = Trial(small, tmp_path, mode)
@@ -239,6 +240,7 @@ def _memory_runs_out(trial: Trial, moments: Callable[[int], Iterable[int]]) -> N
         trial.check("allocation", lambda last=last: told(last))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["serial", "sequential"])
 def test_memory_that_runs_out_is_one_clear_error_and_the_run_goes_on(small: Path, tmp_path: Path, mode):
     _memory_runs_out(Trial(small, tmp_path, mode), lambda count: [i * (count - 1) // 3 for i in range(4)])

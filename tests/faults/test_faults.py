@@ -106,6 +106,7 @@ def test_killed_in_the_middle_of_every_write(dense, tmp_path, expected, monkeypa
     _killed_at_writes(dense, tmp_path, expected, monkeypatch, list(range(total)))
 
 
+@pytest.mark.long
 def test_killed_at_random_moments(dense: Path, tmp_path: Path, expected: dict[str, str]):
     began = time.monotonic()
     assert killed(lambda: convexprune.prune(dense, output_dir=tmp_path / "peace", **SETTINGS)) == 0

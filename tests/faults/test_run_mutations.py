@@ -96,6 +96,7 @@ FAULTS = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_makes_its_test_fail(fault, request: pytest.FixtureRequest):
     names = inspect.signature(fault.test).parameters.keys() - fault.arguments.keys()

@@ -109,6 +109,7 @@ def test_an_iteration_of_a_batch_waits_for_nothing(one_gram: bool, name: str):
     assert (found["reads"], found["products"]) == (0, 1)
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(seeds, st.sampled_from(("fista", "admm")), st.sampled_from(KINDS), st.sampled_from((0.5, 0.1, 0.01)))
 def test_answers_with_and_without_screening_and_leaving_are_as_good(seed: int, name: str, kind: str, share: float):

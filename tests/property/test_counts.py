@@ -65,6 +65,7 @@ def iteration(
     return each(lambda: make(2 * many).prune(problem), lambda: make(many).prune(problem), many, **how)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MAKES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.usefixtures("elsewhere")

@@ -63,6 +63,7 @@ def test_a_gap_on_a_support_covers_the_data_and_the_stored_tensors(kind, seed, a
     assert gap >= min(excess(stored.double, mask, weight.double()), problem.value(weight)) - tiny
 
 
+@pytest.mark.long
 @few
 @given(st.sampled_from(KINDS), seeds, st.booleans(), st.sampled_from((0.3, 1e-2, 1e-4)))
 def test_a_gap_of_a_lasso_covers_the_data(kind, seed, anchored, radius):

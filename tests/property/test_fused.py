@@ -69,6 +69,7 @@ def check(backend: str) -> None:
             torch.testing.assert_close(one, other, rtol=ROUNDING, atol=ROUNDING)
 
 
+@pytest.mark.long
 def test_the_graph_of_a_round_is_whole_and_serves_every_shape_and_number():
     check("aot_eager")
 

@@ -127,6 +127,7 @@ def test_one_target_is_asked_for(folder: Path, target: dict[str, float]):
         convexprune.advise(folder, **target)
 
 
+@pytest.mark.long
 def test_whole_files_have_the_bytes_that_were_told_beforehand(tmp_path: Path):
     source = built("llama", tmp_path / "dense", torch.bfloat16)
     told = advise(source, target="3MB").files

@@ -44,6 +44,7 @@ def pages(tmp_path: Path) -> list[Path]:
     return copies
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_few_tokens_ruin_no_operator_behind_a_relu(pages: list[Path]):
     """Four windows of 128 tokens: a weight was 791 times what it should be, and the held-out error 94."""

@@ -130,6 +130,7 @@ def test_logits_of_hidden_states_are_the_models_own_whatever_the_family(tiny: Hu
         assert torch.equal(tiny.model(windows).logits, expected)  # and the model is what it was
 
 
+@pytest.mark.long
 def test_a_row_is_the_same_whatever_stands_beside_it(folder: Path):
     settings: dict[str, Any] = {"methods": ["fista", "alps"], "conventions": ["dense", "dense-layer", "pruned-layer"]}
     together = compared(folder, **settings, patterns=["unstructured", "2:4"])
@@ -142,6 +143,7 @@ def test_a_row_is_the_same_whatever_stands_beside_it(folder: Path):
         assert alone["dense"] == together["dense"]
 
 
+@pytest.mark.long
 def test_report_and_plots_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     monkeypatch.setattr(door, "shortage", lambda tokens, widest: f"{tokens.numel()} tokens, {widest} inputs")
     result = compared(folder, methods=["wanda", "fista"], patterns=["unstructured", "2:4"], plots=True)

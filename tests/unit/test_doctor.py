@@ -55,6 +55,7 @@ def test_the_memory_of_a_run_is_compared_with_the_forecast(monkeypatch: pytest.M
         assert model.memory().passed is passed
 
 
+@pytest.mark.long
 def test_what_cannot_be_measured_is_a_row_and_the_others_are_made(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(answers, "second_moments", lambda *_: [][0])
     result = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, ["doctor", "--device", "cpu", "--checks", "answers"])
@@ -63,6 +64,7 @@ def test_what_cannot_be_measured_is_a_row_and_the_others_are_made(monkeypatch: p
     assert re.search(r"(\d+) of (\d+) checks passed", result.stdout)
 
 
+@pytest.mark.long
 def test_a_zero_too_many_and_a_wrong_error_are_found(monkeypatch: pytest.MonkeyPatch):
     class Careless(Wanda):
         def prune(self, problem):

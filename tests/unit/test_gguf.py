@@ -105,7 +105,7 @@ def quantized(source: Path, folder: Path, **settings: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["q4_k", "q3_k", "iq4_nl"])
+@pytest.mark.parametrize("name", ["q4_k", *(pytest.param(name, marks=pytest.mark.long) for name in ("q3_k", "iq4_nl"))])
 def test_a_file_has_the_values_of_the_folder_in_the_type_that_was_asked_for(name: str, tmp_path: Path):
     source = built("llama", tmp_path / "dense", torch.bfloat16)
     run = quantized(source, tmp_path / "run", quantize=name, ignore=["o_proj"], **BY_DEFAULT)
@@ -240,6 +240,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, build):
     assert not (tmp_path / "model.gguf").exists()
 
 
+@pytest.mark.long
 def test_a_run_that_was_interrupted_has_the_same_blocks(tmp_path: Path):
     source = built("qwen2", tmp_path / "dense")
     run = quantized(source, tmp_path / "whole", quantize="q4_k", prefix="pruned")

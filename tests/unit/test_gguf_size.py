@@ -59,7 +59,7 @@ def record_of(run: Path) -> Any:
     return convexprune.Report.from_json((run / "report.json").read_text()).sized
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.long)])
 def test_a_file_has_the_bytes_that_were_asked_for_or_few_less(family: str, tmp_path: Path):
     source = built(family, tmp_path / "dense", torch.bfloat16)
     size = size_of(source)
@@ -117,6 +117,7 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
         convexprune.prune(source, **RUN | {"target": most, "sparsity": None})
 
 
+@pytest.mark.long
 def test_measured_types_are_better_where_a_step_adds_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = built("llama", tmp_path / "dense", torch.bfloat16)
     size, kept = size_of(source), list[int]()  # of the first layer

@@ -71,6 +71,7 @@ def test_what_an_operator_reads_counts_by_the_derivative_of_the_loss_by_its_size
     assert found[name, block][number].item() == pytest.approx(squared_slopes(loss, 24) / 24, rel=3e-2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("family", ["gpt_oss", "llama4_text", "mixtral", "qwen3_moe"])
 def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, parameter: str):

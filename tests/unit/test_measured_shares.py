@@ -93,6 +93,7 @@ def test_measurements_that_say_nothing_are_refused(added: float):
         measured(units, (TWO_OF_FOUR, ONE_OF_FOUR), {"a": 0.0, "b": 1.0, "layer": added}, groups)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "asked", [{"method": "sparsegpt", "pattern": "4:8"}, {"sparsity": 0.0, "bits": 3.0}], ids=["4:8", "3 bits"]
 )

@@ -1,10 +1,7 @@
 """The formulas of memory against torch's own count of what it allocates."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -61,13 +58,12 @@ def allocated(work: Callable[[], Any]) -> int:
     """The most bytes that were alive at once, beside those alive before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        seen.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    profiler = seen.profiler  # its raw records: those of `seen.events()` take seconds to build
+    assert profiler is not None and profiler.kineto_results is not None
+    records = [each for each in profiler.kineto_results.events() if each.name() == "[memory]"]
     now = most = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        now += event["args"]["Bytes"]
+    for record in sorted(records, key=lambda each: each.start_ns()):
+        now += record.nbytes()
         most = max(most, now)
     return most
 

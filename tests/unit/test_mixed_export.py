@@ -27,7 +27,7 @@ from convexprune.validation import advise
 MIXED: dict[str, Any] = {"quantize": "compressed-tensors", "sparsity": None}
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3moe"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2", marks=pytest.mark.long), "llama", "qwen3moe"])
 def test_a_folder_has_the_bytes_that_were_asked_for_or_few_less(family: str, tmp_path: Path):
     source = built(family, tmp_path / "dense", torch.bfloat16)
     sizes = {name: tensor.numel() for name, tensor in load_file(source / "model.safetensors").items()}
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2", marks=pytest.mark.long), "llama"])
 def test_embedding_and_head_are_on_a_grid_too(family: str, tmp_path: Path):
     source = built(family, tmp_path / "dense", torch.bfloat16)
     plain = convexprune.pack(quantized(source, tmp_path / "plain", quantize="int4"), tmp_path / "plain.pack")

@@ -249,6 +249,7 @@ def test_a_run_that_packs_is_verified_once_it_is_unpacked(delivered: Path):
         convexprune.verify(delivered)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["q4_k", "iq4_nl", "q3_k"])
 def test_a_pack_stores_codes_once(kind: str, tmp_path: Path):
     source = built("qwen3moe" if kind == "q4_k" else "llama", tmp_path / "dense", torch.bfloat16)

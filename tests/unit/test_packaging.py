@@ -97,6 +97,7 @@ def test_the_names_come_without_torch_until_one_is_used():
     subprocess.run([sys.executable, "-c", code + "; convexprune.errors; assert 'torch' not in sys.modules"], check=True)
 
 
+@pytest.mark.long
 def test_the_package_loads_no_part_of_torch_that_warns_where_nvcc_is_and_no_gpu():
     code = "import sys, convexprune; convexprune.prune; assert 'torch.utils.cpp_extension' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -62,6 +62,7 @@ def test_a_setting_that_the_method_of_a_preset_does_not_take_names_the_preset():
         make_recipe(preset="fast", solver="admm").build_pruner()
 
 
+@pytest.mark.long
 def test_a_run_says_what_it_takes_and_what_it_leaves_of_the_preset(tmp_path: Path):
     source, phases = built("llama", tmp_path / "dense", torch.bfloat16), list[str]()
     settings: Any = SETTINGS | {"method": "wanda", "sparsity": 0.5, "preset": "best"}

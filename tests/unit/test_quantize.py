@@ -132,6 +132,7 @@ def test_bits_on_the_whole_are_those_asked_for_and_owl_has_none_to_spread(tiny_l
         allocate_by_rule(units, "owl", asked)
 
 
+@pytest.mark.long
 def test_a_coded_run_goes_on_where_it_stopped_and_is_verified_and_packed(build, tmp_path: Path):
     build("llama").save_pretrained(tmp_path / "dense")
     settings: dict[str, Any] = {**SETTINGS, "sparsity": 0, "bits": 4}

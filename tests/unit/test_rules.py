@@ -143,6 +143,7 @@ def test_rules_belong_to_a_run_and_its_recipe(build, tmp_path: Path):
     assert by_name(again.report)["layers.1.self_attn.o_proj"].sparsity == 0.25
 
 
+@pytest.mark.long
 def test_a_folder_with_rules_can_be_verified_and_inspected(folder: Path):
     (folder / "recipe.yaml").write_text("method: magnitude\nrules:\n- {targets: [fc1], sparsity: 0.25}\n")
     options = ["--dataset", folder / "text.txt", "--nsamples", 4, "--seqlen", 32, "--output", folder / "out"]

@@ -65,6 +65,7 @@ def test_a_result_that_was_saved_from_memory_is_no_run_to_go_on_with(dense: Path
         convexprune.prune(dense, output_dir=tmp_path / "out", resume=True, **SETTINGS)
 
 
+@pytest.mark.long
 def test_the_text_to_evaluate_on_may_change_while_a_run_is_interrupted(dense: Path, tmp_path: Path):
     settings: dict[str, Any] = SETTINGS | {"dataset": "self", "max_seq_length": 16}
     whole = convexprune.prune(dense, output_dir=tmp_path / "whole", evaluation="self", **settings)

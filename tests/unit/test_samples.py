@@ -74,6 +74,7 @@ def test_a_variant_that_changes_nothing_has_no_ratio(folder: Path):
     assert "| magnitude | 0.0% | dense-none |" in (folder / "samples" / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_zeros_may_depend_on_the_sample_and_a_numerical_failure_has_no_ratio(folder: Path, monkeypatch):
     real = each_sample.make_row
 
@@ -92,6 +93,7 @@ def test_zeros_may_depend_on_the_sample_and_a_numerical_failure_has_no_ratio(fol
     assert "| magnitude | 50.5% | dense-none |" in (folder / "samples" / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_interrupted_samples_go_on_and_what_does_not_belong_is_refused(folder: Path, monkeypatch):
     few: dict[str, Any] = {"patterns": ["unstructured"]}
     whole = sampled(folder, [0, 1, 2], **few)

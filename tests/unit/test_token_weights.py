@@ -122,6 +122,7 @@ def test_loss_weights_follow_the_squared_gradients_of_tokens(dense: Path, stream
     assert len(found) == 4 * 7
 
 
+@pytest.mark.long
 def test_workers_and_a_resumed_run_give_the_same_bits(dense: Path, tmp_path: Path, monkeypatch):
     weighted: dict[str, Any] = SETTINGS | {"token_weights": "loss"}
     _pruned(dense, tmp_path / "one", **weighted)
