@@ -109,8 +109,8 @@ class _Parts:
 
     def __init__(self, x: cp.Variable) -> None:
         given = {name for name, value in x.attributes.items() if value is not None and value is not False}
-        if given - {"nonneg"}:
-            raise _refusal(f"a variable that is {', '.join(sorted(given))}")
+        if x.ndim > 2 or given - {"nonneg"}:
+            raise _refusal(f"a variable that is {', '.join(sorted(given - {'nonneg'})) or list(x.shape)}")
         self.x, self.size = x, x.size
         self.n, self.m = (*x.shape, 1, 1)[:2]
         self.gram, self.cross, self.energy = sp.csc_array((x.size, x.size)), np.zeros(x.size), np.zeros(self.m)
@@ -128,7 +128,7 @@ class _Parts:
         if known and kind == "quad_over_lin" and atom.axis is None:
             self._square(*self._affine(inner), factor / atom.args[1].value)
         elif known and kind == "QuadForm":
-            values, vectors = np.linalg.eigh(cp.Constant(atom.args[1].value).value)
+            values, vectors = np.linalg.eigh(sp.csc_array(atom.args[1].value).toarray())
             slope, constant = self._affine(inner)
             self._square(sp.csc_array(slope @ vectors), vectors.T @ constant, factor * values.clip(0))
         elif known and kind.startswith("Power") and exponent == 2:
@@ -154,6 +154,8 @@ class _Parts:
         kind = type(condition).__name__
         if kind not in ("Inequality", "Equality", "NonNeg", "NonPos", "Zero") or not condition.expr.is_affine():
             raise _refusal(f"the constraint {kind}")
+        if condition.expr.is_constant():
+            raise _refusal("a constraint without the variable")
         slope, constant = self._affine(condition.expr)
         if (np.diff(slope.indptr) != 1).any():
             raise _refusal("a constraint on several entries together")

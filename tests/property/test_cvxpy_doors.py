@@ -5,6 +5,7 @@ from typing import Any
 import cvxpy as cp
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +54,7 @@ FORMS = {
     "a price of zero": (vector(), lambda x: flat(x) + cp.norm1(cp.multiply(PRICES, x)) / 10, L1),
     "sizes and a price of zero": (vector(), lambda x: flat(x) + PRICES @ cp.abs(cp.multiply(PRICES - 1, x)), L1),
     "quad_form": (vector(), lambda x: 0.5 * cp.quad_form(x - B[:6, 0], A.T @ A) + cp.norm1(2 * x), L1),
+    "a sparse quad_form": (vector(), lambda x: cp.quad_form(x - 1, sp.csc_array(A.T @ A)) + cp.norm1(x), L1),
     "ridge": (vector(), lambda x: flat(x) + 0.1 * (cp.norm1(x) + cp.sum(cp.square(x))), L1),
     "non-negative": (vector(nonneg=True), lambda x: flat(x) + 0.1 * cp.norm1(x), ElasticNet),
     "groups": (vector(), lambda x: flat(x) + 0.2 * cp.norm(x[:2], 2) + 0.1 * cp.norm(x[3:], 2), RowGroups),
@@ -104,6 +106,7 @@ def test_bounds_are_constraints():
     ("overlap", lambda x: flat(x) + cp.norm(x[:3]) + cp.norm(x[2:]), lambda x: []),
     ("different factors", lambda x: flat(x) + cp.norm(cp.multiply([0, 1, 1], x[:3])), lambda x: []),
     ("several penalties", lambda x: flat(x) + cp.norm(x[:3]), lambda x: [x >= 0]),
+    ("a constraint without the variable", flat, lambda x: [cp.Constant(1) <= 2]),
     ("Minimize over 2 variables", lambda x: flat(x) + cp.norm1(vector()), lambda x: []),
     ("a linear term", lambda x: flat(x) + x[0], lambda x: []),
     ("a linear term", lambda x: flat(x) + np.ones(6) @ x, lambda x: []),
@@ -112,6 +115,12 @@ def test_another_form_is_refused_by_its_name(match, objective, constraints):
     x = vector()
     with pytest.raises(UnsupportedError, match=match):
         from_cvxpy(cp.Problem(cp.Minimize(objective(x)), constraints(x)))
+
+
+def test_a_variable_with_three_dimensions_is_refused_in_words():
+    x = cp.Variable((2, 3, 2))
+    with pytest.raises(UnsupportedError, match=r"a variable that is \[2, 3, 2\]"):
+        from_cvxpy(cp.Problem(cp.Minimize(cp.sum_squares(x - 1) + cp.norm1(x))))
 
 
 def test_a_statement_whose_rows_are_the_responses_is_refused_in_words():
