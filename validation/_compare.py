@@ -186,8 +186,8 @@ def require_same(staging: Staging, before: Mapping[str, Any], identity: Mapping[
         holds = f"{staging.output} holds another finished" if is_finished else f"{staging.place} holds another"
         seeds = f" (--seed {str(before['seed']).strip('[]').replace(' ', '')})" if "seed" in differing else ""
         raise RecipeError(
-            f"{holds} comparison: {', '.join(differing)} differ. Give the settings that it began with{seeds}, or "
-            "another output folder."
+            f"{holds} comparison; it differs in {', '.join(differing)}. Give the settings that it began with{seeds}, "
+            "or another output folder."
         )
 
 

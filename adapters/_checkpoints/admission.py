@@ -99,7 +99,7 @@ def told_if_failing(model: nn.Module) -> Iterator[None]:
                 f"Its parameters are of several types: {named}. Give dtype, or bring them to one type: "
                 "model.to(torch.bfloat16)."
             )
-        raise ModelError(f"A {type(model).__name__} fails on a batch of tokens: {error}. {remedy}") from error
+        raise ModelError(f"{type(model).__name__} fails on a batch of tokens: {error}. {remedy}") from error
 
 
 def refuse_quantized(config: PretrainedConfig) -> None:
@@ -122,7 +122,7 @@ def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
     if needs and model.get_output_embeddings() is None:
         what, instead = next(iter(needs.items()))
         raise ModelError(
-            f"A {type(model).__name__} has no head that gives the logits of the next token, and {what} needs them. "
+            f"{type(model).__name__} has no head that gives the logits of the next token, and {what} needs them. "
             f"Give the model with its head (a ...ForCausalLM){instead and ', or '}{instead}."
         )
 

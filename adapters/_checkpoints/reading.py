@@ -34,8 +34,8 @@ def given_tokenizer(tokenizer: Any) -> transformers.PreTrainedTokenizerBase | No
     if tokenizer is None or isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         return tokenizer
     raise ModelError(
-        f"A {type(tokenizer).__name__} is no tokenizer. Accepted: a tokenizer of transformers, its folder, or its name "
-        "on the hub."
+        f"A value of type {type(tokenizer).__name__} is no tokenizer. Accepted: a tokenizer of transformers, its "
+        "folder, or its name on the hub."
     )
 
 

@@ -57,7 +57,7 @@ def calibration_and_held_out(
         return calibration, sampled_windows(model, num_samples=spare, length=length, seed=seed, split="held-out")
     wanted = None if num_samples is None else num_samples + spare
     windows = _valid(_windows(dataset, model, wanted, max_seq_length, length, split), model.model, model.name)
-    name = str(dataset) if isinstance(dataset, str | Path) else f"a {type(dataset).__name__}"
+    name = str(dataset) if isinstance(dataset, str | Path) else f"a value of type {type(dataset).__name__}"
     chosen, left = _choose(windows, num_samples, spare, seed, split, name)
     refuse_uninformative(chosen)
     return chosen, left
@@ -120,7 +120,7 @@ def text_windows(
 
 def to_predict(windows: Any, model: PreTrainedModel, name: str) -> Tensor:
     """Return windows [windows window] to evaluate on as int64 on the CPU, if the model can read and predict them."""
-    got = list(windows.shape) if isinstance(windows, Tensor) else f"a {type(windows).__name__}"
+    got = list(windows.shape) if isinstance(windows, Tensor) else f"a value of type {type(windows).__name__}"
     if not isinstance(windows, Tensor) or windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise CalibrationError(
             f"Perplexity needs windows of 2 or more tokens as a tensor of ids [windows window]; got {got}."

@@ -159,7 +159,7 @@ def _row(path: Path, number: int, line: str, field: str | None) -> Any:
         found = f"the fields {', '.join(map(shown, row))}"
         found += f", and {type(row[name]).__name__} in that one" if name in row else ""
     else:
-        found = f"a {type(row).__name__}"
+        found = f"a value of type {type(row).__name__}"
     raise CalibrationError(
         f'{path}, line {number}: needs an object with a field "{name}" that holds text, or messages with role and '
         f'content; it has {found}. Write every line as {{"text": "..."}}, or name another field: {path}#FIELD.'

@@ -53,7 +53,9 @@ def _ids(item: Any) -> Tensor:
         item = item[0]
     item = ids_as_tensor(item)
     if not isinstance(item, Tensor) or item.dim() not in (1, 2):
-        raise CalibrationError(f"Token ids cannot be read from a {type(item).__name__}. Accepted: {ACCEPTED}.")
+        raise CalibrationError(
+            f"Token ids cannot be read from a value of type {type(item).__name__}. Accepted: {ACCEPTED}."
+        )
     return item
 
 

@@ -58,7 +58,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(found) != 1:
         listed = ", ".join(f"{path} ({len(m)} modules)" for path, m in found.items()) or "none"
         raise ModelError(
-            f"Which are the decoder layers of a {type(model).__name__}? Lists of modules with linear maps: {listed}. "
+            f"Which are the decoder layers of {type(model).__name__}? Lists of modules with linear maps: {listed}. "
             f"One of {length}, as many as num_hidden_layers in its configuration, is needed."
         )
     ((path, layers),) = found.items()
@@ -81,11 +81,11 @@ def refuse_more_layers(model: PreTrainedModel, stored: Iterable[str]) -> None:
 def _refuse_encoders(model: PreTrainedModel) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
-            f"A {type(model).__name__} has an encoder beside its decoder; convexprune prunes models that only decode."
+            f"{type(model).__name__} has an encoder beside its decoder; convexprune prunes models that only decode."
         )
     if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", False):
         raise ModelError(
-            f"A {type(model).__name__} is an encoder: its tokens see those behind them. convexprune prunes models that "
+            f"{type(model).__name__} is an encoder: its tokens see those behind them. convexprune prunes models that "
             "only decode; one of this family does if its configuration has is_decoder=True."
         )
 

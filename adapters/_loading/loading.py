@@ -75,8 +75,8 @@ def load(
         require_plain(source)  # says what to do with a model of peft
     if not isinstance(source, str | Path):
         raise ModelError(
-            f"A {type(source).__name__} is no model of transformers. Accepted: a PreTrainedModel, a folder, a .gguf "
-            "file, or a name on the hub."
+            f"A value of type {type(source).__name__} is no model of transformers. Accepted: a PreTrainedModel, a "
+            "folder, a .gguf file, or a name on the hub."
         )
     name, place = str(source), place_at(source, allow_pickle) | {"revision": revision or "main"}
     place["trust_remote_code"] = trust_remote_code

@@ -111,7 +111,7 @@ def require_shapes(model: PreTrainedModel, settings: Mapping[str, Any], expected
     name = next(n for n in (*expected, *found) if found.get(n) != expected.get(n))
     here, there = (list(s[name]) if name in s else "not there" for s in (expected, found))
     raise ModelError(
-        f"The configuration of a {type(model).__name__} cannot say what is removed and no more: in the model that it "
+        f"The configuration of {type(model).__name__} cannot say what is removed and no more: in the model that it "
         f"then describes {name} is {there}; it should be {here}."
     )
 

@@ -117,7 +117,7 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
         given = {name: value for name, value in given.items() if value is not UNSET}
         if not isinstance(recipe, Recipe | str | Path):
             raise RecipeError(
-                f"recipe is a {type(recipe).__name__}. Accepted: a Recipe, its file, or the folder of a run."
+                f"recipe is of type {type(recipe).__name__}. Accepted: a Recipe, its file, or the folder of a run."
             )
         read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())
         excludes = SIZES if (given.get("quantize") or read.quantize) in FAMILIES else EXCLUDES

@@ -54,8 +54,8 @@ class Sources:
             adapters.read_documents(text)
         elif not (text is None or isinstance(text, str | Tensor)):
             raise CalibrationError(
-                f"evaluation is a {type(text).__name__}. Accepted: 'held-out', 'self', a path to a .txt or .jsonl "
-                "file, or token ids as a tensor [windows window]."
+                f"evaluation is of type {type(text).__name__}. Accepted: 'held-out', 'self', a path to a .txt or "
+                ".jsonl file, or token ids as a tensor [windows window]."
             )
 
     def sampled(self, windows: Windows) -> dict[str, Tensor]:
@@ -265,7 +265,7 @@ def require_read(recipe: Recipe) -> None:
 def require_solver(solver: Any) -> AbstractSolver:
     if isinstance(solver, AbstractSolver):
         return solver
-    found = f"the class {solver.__name__}" if isinstance(solver, type) else f"a {type(solver).__name__}"
+    found = f"the class {solver.__name__}" if isinstance(solver, type) else f"a value of type {type(solver).__name__}"
     raise RecipeError(
         f"solver is {found}. Accepted: {', '.join(solver_names())}, or an object of a class of your own that derives "
         "from convexprune.AbstractSolver."

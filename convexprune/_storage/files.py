@@ -111,7 +111,7 @@ def has_changed(path: Path) -> ModelError:
 def named(source: str | Path) -> Path:
     """Return the path of a model or a run, with "~" expanded; an empty text is no path, though pathlib has it so."""
     if not isinstance(source, str | Path):
-        raise ModelError(f"A {type(source).__name__} is no folder. Give the path of one.")
+        raise ModelError(f"A value of type {type(source).__name__} is no folder. Give the path of one.")
     if not str(source).strip():
         raise ModelError("An empty text is no folder. Give the folder; '.' is the current one.")
     try:

@@ -27,8 +27,8 @@ def as_tensor(name: str, value: object) -> Tensor:
         return torch.as_tensor(array if taken else array.astype(array.dtype.newbyteorder("="), "C"))
     except (TypeError, ValueError, RuntimeError) as cause:
         raise ProblemError(
-            f"`{name}` is a {type(value).__name__}; needed is a tensor or an array of numbers: dense, in memory and "
-            "without a mask."
+            f"`{name}` is of type {type(value).__name__}; needed is a tensor or an array of numbers: dense, in memory "
+            "and without a mask."
         ) from cause
 
 
@@ -36,7 +36,7 @@ def require_type(value: object, kind: type) -> None:
     """Refuse a value of another type."""
     if not isinstance(value, kind):
         needed = f"{kind.__module__.split('.')[0]}.{kind.__name__}"
-        raise ProblemError(f"A {type(value).__name__} was given. Accepted: an object of {needed}.")
+        raise ProblemError(f"A value of type {type(value).__name__} was given. Accepted: an object of {needed}.")
 
 
 def as_floats(name: str, value: object) -> Tensor:

@@ -143,7 +143,9 @@ def _made(solver: str | AbstractSolver, settings: dict[str, Any], *problems: Pro
     if isinstance(solver, str):
         return make_solver(solver, **settings)
     if not isinstance(solver, AbstractSolver):
-        raise RecipeError(f"The solver is a {type(solver).__name__}. Accepted: {', '.join(_PLACES)}, or a solver.")
+        raise RecipeError(
+            f"The solver is of type {type(solver).__name__}. Accepted: {', '.join(_PLACES)}, or a solver."
+        )
     if settings:
         raise RecipeError(f"Settings {sorted(settings)} are for a solver by name; {solver} has its own.")
     return solver

@@ -221,7 +221,9 @@ def run(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, c
         return solution
     name = type(solver).__name__
     if not isinstance(solution, Solution):
-        raise ProblemError(f"{name}.solve returned a {type(solution).__name__}; it must return a Solution.")
+        raise ProblemError(
+            f"{name}.solve returned a value of type {type(solution).__name__}; it must return a Solution."
+        )
     try:
         weight = problem.admit(solution.weight)
     except ProblemError as cause:

@@ -235,7 +235,7 @@ def test_a_model_with_an_adapter_is_refused_until_it_is_merged(refused):
 
 
 def test_a_module_that_is_no_model_of_transformers_is_refused(refused):
-    with refused("a module that is not of transformers", "A Linear is no model of transformers"):
+    with refused("a module that is not of transformers", "A value of type Linear is no model of transformers"):
         load(torch.nn.Linear(2, 2), device="cpu")  # pyright: ignore[reportArgumentType]
 
 

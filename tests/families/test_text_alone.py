@@ -76,5 +76,5 @@ def test_a_model_that_fails_in_its_own_forward_pass_is_refused_in_words(monkeypa
 
     model = build_family("llama")
     monkeypatch.setattr(model.model, "forward", lacking)
-    with pytest.raises(ModelError, match=r"A LlamaForCausalLM fails on a batch of tokens: no attribute .* token ids"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM fails on a batch of tokens: no attribute .* token ids"):
         convexprune.prune(model, **SMALL, method="wanda")

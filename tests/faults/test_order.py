@@ -61,7 +61,7 @@ def test_a_text_that_is_not_there_is_named_before_the_model_is_looked_for(
 
 def test_what_is_no_text_is_refused_and_a_folder_is_none(tmp_path: Path):
     (tmp_path / "folder.txt").mkdir()
-    for evaluation, said in ((5, "evaluation is a int"), (tmp_path / "folder.txt", "Is a directory")):
+    for evaluation, said in ((5, "evaluation is of type int"), (tmp_path / "folder.txt", "Is a directory")):
         with pytest.raises(errors.CalibrationError, match=said):
             convexprune.prune(NOWHERE, evaluation=evaluation)  # pyright: ignore[reportArgumentType]
     with pytest.raises(errors.CalibrationError, match=r"Unknown data set 'C4'\. Did you mean 'c4'"):

@@ -103,7 +103,7 @@ def test_bad_input_is_refused_before_any_work(tiny_opt: HuggingFaceModel, tmp_pa
 
 
 def test_a_module_that_is_no_model_is_refused():
-    with pytest.raises(errors.ModelError, match="A Linear is no model of transformers"):
+    with pytest.raises(errors.ModelError, match="A value of type Linear is no model of transformers"):
         convexprune.prune(torch.nn.Linear(3, 3), **SMALL)  # pyright: ignore[reportArgumentType]
 
 
@@ -112,7 +112,7 @@ def test_a_module_without_a_truth_value_is_refused_as_well():
         def __len__(self) -> int:
             raise TypeError("does not support len()")
 
-    with pytest.raises(errors.ModelError, match="A Compiled is no model of transformers"):
+    with pytest.raises(errors.ModelError, match="A value of type Compiled is no model of transformers"):
         convexprune.prune(Compiled(4, 4), dataset=torch.zeros(8, 8, dtype=torch.long))  # pyright: ignore
 
 

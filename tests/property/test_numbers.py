@@ -41,7 +41,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "prices of groups": (lambda: RowGroups([0, 0, 1], torch.ones(1, 1, 2)), r"\[1, 1, 2\] for 2 groups"),  # pyright: ignore[reportArgumentType]
     "reach": (lambda: MCP(1.0, reach="a"), "reach of MCP is 'a'; it must be a number"),  # pyright: ignore[reportArgumentType]
     "blocks": (lambda: Blocks(((L1(0.1), 1.5), (L1(0.1), 1.5))), "a number of columns above 0"),  # pyright: ignore[reportArgumentType]
-    "a sum": (lambda: Q + 1, "A int was given. Accepted: an object of convexprune.Quadratic"),  # pyright: ignore[reportOperatorIssue]
+    "a sum": (lambda: Q + 1, "A value of type int was given. Accepted: an object of convexprune.Quadratic"),  # pyright: ignore[reportOperatorIssue]
     "a text": (lambda: Q * "a", "times 'a' is no sum of squares; the factor is a finite number"),  # pyright: ignore[reportOperatorIssue]
     "a factor by row": (lambda: Q * torch.ones(2), "factor is a finite number"),  # pyright: ignore[reportOperatorIssue]
     "infinity": (lambda: Q * float("inf"), "times inf is no sum"),

@@ -51,17 +51,17 @@ def changed(value: float):
     "a mask": (lambda: Quadratic.least_squares(np.ma.masked_greater(X, 1), Y), "without a mask"),
     "a short anchor": (lambda: Quadratic.least_squares(X, Y, np.zeros(5)), r"`anchor` is \[5\]; needed is \[1, 6\]"),
     "no strengths": (lambda: L1(np.ones(0)), "without a number"),  # pyright: ignore[reportArgumentType]
-    "a bound of text": (lambda: ElasticNet(0.1, lower="a"), "`lower` is a str"),  # pyright: ignore[reportArgumentType]
+    "a bound of text": (lambda: ElasticNet(0.1, lower="a"), "`lower` is of type str"),  # pyright: ignore[reportArgumentType]
     "one block": (lambda: Blocks(L1(0.1)), "pairs of a penalty"),  # pyright: ignore[reportArgumentType]
     "a truth for times": (lambda: POSED.quadratic.repeated(True), "times=True"),
     "no times": (lambda: POSED.quadratic.repeated(-1), "times=-1"),
-    "a number more": (lambda: POSED.quadratic + 1, "A int was given"),  # pyright: ignore[reportOperatorIssue]
+    "a number more": (lambda: POSED.quadratic + 1, "A value of type int was given"),  # pyright: ignore[reportOperatorIssue]
     "another shape": (lambda: POSED.quadratic + POSED.quadratic.columns(torch.arange(3)), "have no sum"),
-    "nothing to certify": (lambda: certify(None, X[0]), "A NoneType was given"),  # pyright: ignore[reportArgumentType]
-    "no solver": (lambda: list(problems.check("fista")), "A str was given"),  # pyright: ignore[reportArgumentType]
+    "nothing to certify": (lambda: certify(None, X[0]), "type NoneType was given"),  # pyright: ignore[reportArgumentType]
+    "no solver": (lambda: list(problems.check("fista")), "type str was given"),  # pyright: ignore[reportArgumentType]
     "no penalty": (lambda: list(problems.check_penalty(L1)), "was given"),  # pyright: ignore[reportArgumentType]
     "negative": (lambda: L1(-1.0), "negative or NaN"),
-    "text strength": (lambda: L1("0.1"), "is a str"),  # pyright: ignore[reportArgumentType]
+    "text strength": (lambda: L1("0.1"), "is of type str"),  # pyright: ignore[reportArgumentType]
     "group": (lambda: GroupLasso(-1.0), "not negative"),
     "another width": (lambda: Problem(POSED.quadratic, L1(np.ones(4))), "does not broadcast"),  # pyright: ignore[reportArgumentType]
     "a list": (lambda: solve([POSED]), "A problem of type list"),  # pyright: ignore[reportArgumentType]
@@ -71,7 +71,7 @@ def changed(value: float):
     "a start of nan": (lambda: solve(POSED, start=np.full(6, np.nan)), "`start` holds"),
     "a long start": (lambda: solve(POSED, start=np.zeros(7)), r"\[1, 7\]; this problem needs \[1, 6\]"),
     "whole numbers": (lambda: certify(POSED, np.zeros(6, int)), "floating point"),
-    "a function": (lambda: solve(POSED, make_solver), "The solver is a function"),  # pyright: ignore[reportArgumentType]
+    "a function": (lambda: solve(POSED, make_solver), "The solver is of type function"),  # pyright: ignore[reportArgumentType]
     "settings": (lambda: solve(POSED, make_solver("fista"), tolerance=1e-3), "has its own"),
     "a tolerance": (lambda: solve(POSED, tolerance=-1), "greater than or equal to 0"),
     "a number for a path": (lambda: path(POSED, 0.1), "a list of positive numbers"),  # pyright: ignore[reportArgumentType]

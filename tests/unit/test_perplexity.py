@@ -106,7 +106,7 @@ def test_token_ids_may_be_integers_of_any_size(tiny_opt):
         (WINDOWS[0], 1, r"got \[32\]"),
         (WINDOWS, 0, "batch_size=0"),
         (WINDOWS, 1.5, r"batch_size=1\.5: a whole number"),
-        (WINDOWS.tolist(), 1, "a tensor of ids .*got a list"),
+        (WINDOWS.tolist(), 1, "a tensor of ids .*got a value of type list"),
         (WINDOWS.double(), 1, "Token ids are integers"),
         (WINDOWS + 4096, 1, "OPTForCausalLM knows 0 to 4095"),
         (WINDOWS.repeat(1, 3), 1, "Windows of 96 tokens; OPTForCausalLM sees 64 at most"),

@@ -109,10 +109,14 @@ def test_interrupted_samples_go_on_and_what_does_not_belong_is_refused(folder: P
         sampled(folder, [0, 1, 2], **few)
     shutil.rmtree(place_of(made / "seed-1"))  # as if killed before: at once, then, not after a sample
     for other in {"sparsities": [0.6]}, {"methods": ["sparsegpt", "wanda"]}:  # rows are in the order of methods
-        with pytest.raises(errors.RecipeError, match="seed-0 holds another finished comparison: variants differ"):
+        with pytest.raises(
+            errors.RecipeError, match="seed-0 holds another finished comparison; it differs in variants"
+        ):
             sampled(folder, [0, 1, 2], **few | other, resume=True)
     for seeds in [0, 2], [0, 1], [2, 1, 0]:
-        with pytest.raises(errors.RecipeError, match=r"another comparison: seed differ.*began with \(--seed 0,1,2\)"):
+        with pytest.raises(
+            errors.RecipeError, match=r"another comparison; it differs in seed.*began with \(--seed 0,1,2\)"
+        ):
             sampled(folder, seeds, resume=True, **few)
     assert without_times(sampled(folder, [0, 1, 2], resume=True, **few)) == without_times(whole)
     assert (out / "seed-0" / "compare.json").read_bytes() == first
@@ -121,9 +125,9 @@ def test_interrupted_samples_go_on_and_what_does_not_belong_is_refused(folder: P
     with monkeypatch.context() as patch:  # a finished one is handed back
         patch.setattr(Comparison, "run", lambda *args: pytest.fail("it was finished"))
         assert without_times(sampled(folder, [0, 1, 2], resume=True, **few)) == without_times(whole)
-    with pytest.raises(errors.RecipeError, match="samples holds another finished comparison: seed differ"):
+    with pytest.raises(errors.RecipeError, match="samples holds another finished comparison; it differs in seed"):
         sampled(folder, [0, 1], resume=True, **few)
-    with pytest.raises(errors.RecipeError, match="seed-0 holds another finished comparison: variants differ"):
+    with pytest.raises(errors.RecipeError, match="seed-0 holds another finished comparison; it differs in variants"):
         sampled(folder, [0, 1, 2], resume=True, **few | {"sparsities": [0.6]})
     assert not place_of(out).exists()
 
@@ -144,7 +148,9 @@ def test_an_interrupted_comparison_is_not_lost_to_one_of_more_or_fewer_samples(f
         before = sorted(place_of(out).rglob("*"))
         with pytest.raises(errors.OutputError, match="already holds something: an interrupted comparison"):
             other()
-        with pytest.raises(errors.RecipeError, match=rf"seed differ\. Give .* \(--seed {seeds}\), or another output"):
+        with pytest.raises(
+            errors.RecipeError, match=rf"it differs in seed\. Give .* \(--seed {seeds}\), or another output"
+        ):
             other(resume=True)
         assert sorted(place_of(out).rglob("*")) == before and len(before) > 3
         if begin is several:

@@ -230,7 +230,7 @@ def test_what_is_no_recipe_or_no_path_is_refused():
     for wrong in (5, {"model": "a"}):
         with pytest.raises(errors.RecipeError, match="Accepted: a Recipe, its file, or the folder of a run"):
             convexprune.prune(recipe=wrong)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(errors.ModelError, match="A NoneType is no folder"):
+    with pytest.raises(errors.ModelError, match="A value of type NoneType is no folder"):
         convexprune.load(None)  # pyright: ignore[reportArgumentType]
 
 
