@@ -149,9 +149,10 @@ class SumOfSquares:
         return self._cache.largest_eigenvalue
 
     def scale(self) -> Tensor:
-        """Return sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale, H has a unit diagonal."""
+        """Return sqrt(H_jj) [n], the largest for a dead input: in coordinates V * scale, H has a unit diagonal."""
         diagonal = self.gram.diagonal()
-        return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
+        alive = torch.where(diagonal > 0, diagonal, diagonal.amax())
+        return torch.where(alive > 0, alive, 1.0).sqrt()
 
     @property
     def target_energies(self) -> list[float]:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Layer, make_layer, random, seeds
 
+from convexprune import NuclearNorm, Quadratic, RowGroups, Status, TotalVariation, solve
 from convexprune.constraints import SemiStructured, Unstructured
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
@@ -45,6 +46,20 @@ def test_units_of_the_inputs(seed, pattern):
     other = Layer(layer.weight / units, layer.pruned * units, layer.dense * units)
     close(lasso(other, 0.2) * units, lasso(layer, 0.2))
     close(prune(other, pattern) * units, prune(layer, pattern))
+
+
+@pytest.mark.parametrize("solver", ["fista", "admm"])
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20])
+def test_units_of_inputs_some_of_which_are_dead(solver, unit):
+    """The price of a group, or of a rank, couples dead inputs with others: all have one scale."""
+    x = random(0, 50, 8)
+    x[:, [0, 3]] = 0
+    y = x.sum(1, keepdim=True) + random(1, 50, 2)
+    for penalty in (RowGroups(torch.arange(8) // 2, 0.1), NuclearNorm(0.1), TotalVariation(0.1, l1=0.01)):
+        own, other = (Problem(Quadratic.least_squares(x * to, y), penalty.times(to)) for to in (1.0, unit))
+        expected, found = solve(own, solver), solve(other, solver)
+        assert (found.status, found.iterations) == (Status.SOLVED, expected.iterations)
+        close(found.weight * unit, expected.weight)
 
 
 @few

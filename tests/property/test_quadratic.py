@@ -80,10 +80,10 @@ def test_the_scale_makes_a_unit_diagonal(layer):
     close(diagonal, torch.ones_like(diagonal))
 
 
-def test_the_scale_of_a_dead_input_is_one():
-    gram = torch.diag(torch.tensor([4.0, 0.0]))
-    quadratic = Quadratic(gram, torch.zeros(1, 2), torch.zeros(1))
-    assert quadratic.scale().tolist() == [2.0, 1.0]
+@pytest.mark.parametrize("diagonal, scale", [([4.0, 0.0, 9.0], [2.0, 3.0, 3.0]), ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])])
+def test_the_scale_of_a_dead_input_is_the_largest(diagonal, scale):
+    quadratic = Quadratic(torch.diag(torch.tensor(diagonal)), torch.zeros(1, 3), torch.zeros(1))
+    assert quadratic.scale().tolist() == scale
 
 
 @given(sizes, sizes, seeds)
