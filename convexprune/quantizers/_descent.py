@@ -52,7 +52,7 @@ class Descent(AbstractQuantizer):
     def cost(self, grid: Codebook, dense: bool) -> Cost:
         """See `AbstractQuantizer.cost`: products of a descent, a dense weight's sweep, and a second one with a beam."""
         if not grid.by_row:  # a price of the bits is looked for, and scales are not fitted
-            return Cost(3.7, 3.5, 2 * (1 + self.sweeps), 2, 3.0, apart=14.0)
+            return Cost(5.2, 3.5, 2 * (1 + self.sweeps), 2, 3.0, apart=14.0)
         descent = self.sweeps * (1 + self.rounds) + 2 * self.rounds
         if not dense or self.beam == 1:
             return Cost(4.5, 20.0, descent + dense, 2, 3.0)

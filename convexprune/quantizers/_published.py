@@ -46,7 +46,7 @@ class GPTQ(AbstractQuantizer):
     damping: NotNegative = 0.01  # the ridge, in units of the mean diagonal of H
 
     def cost(self, grid: Codebook, dense: bool) -> Cost:
-        return Cost(3.3, 15.0, 1, 2, 12.0)
+        return Cost(6.0, 14.0, 1, 2, 12.0)
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         gram = ridged(problem.gram, self.damping)

@@ -129,8 +129,11 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
     return measured, cost.problem_bytes(stack, own._replace(rectangles=own.rectangles + cost.SCALED * weighed), bound)
 
 
-@pytest.mark.parametrize(("heights", "n"), [((192,), 128), ((64, 64), 192)])
-@pytest.mark.parametrize("name", ["rtn", "gptq", "descent", "descent, bits", "descent, beam 1"])
+QUANTIZERS = ("rtn", "gptq", "descent", "descent, bits", "descent, beam 1")
+QUANTIZED = [(name, *shape) for name in QUANTIZERS for shape in (((192,), 128), ((64, 64), 192))]
+
+
+@pytest.mark.parametrize(("name", "heights", "n"), [*QUANTIZED, ("gptq", (64,), 768)])  # wide: matrices [n n] decide
 def test_memory_of_a_quantizer_is_what_torch_allocates(name: str, heights: tuple[int, ...], n: int):
     quantizer, _, more = name.partition(", ")
     kind: dict[str, Any] = {"bits": 3.3} if more == "bits" else {"quantize": "int4"}
