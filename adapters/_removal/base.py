@@ -6,11 +6,11 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune._layerwise.capture import Recorded
@@ -32,6 +32,7 @@ Place = tuple[str, ...]
 """Where a setting is in the configuration: the names of those it is inside of, and its own."""
 Shapes = dict[str, tuple[int, ...]]
 """Those of parameters, by name."""
+T = TypeVar("T")
 
 
 def settings_of(model: HuggingFaceModel) -> dict[str, Any]:
@@ -210,33 +211,25 @@ class AbstractRemoval(ABC):
         return name
 
     def stand_in(self, model: HuggingFaceModel) -> None:
-        """Give modules of a dense model the forward passes of `stand_ins`."""
-        for module, forward in self.stand_ins(model):
-            module.forward = forward
+        """Let modules in which zeros of removed parts differ from their absence know both, if there are any."""
+        return
 
-    def stand_ins(self, model: HuggingFaceModel) -> Iterable[tuple[nn.Module, Callable[..., Any]]]:
-        """Return modules in which zeros of removed parts differ from their absence, with a pass that knows both."""
-        return ()
-
-    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the remaining shape of a parameter; None if nothing is left."""
-        if self.renamed(name) is None:
-            return None
-        return self.cuts[name].shape(shape) if name in self.cuts else shape
+    def _left(self, whole: Mapping[str, T], cut: Callable[[Cut, T], T]) -> Iterator[tuple[str, str, T]]:
+        """Yield by tensor that is left its names in the dense and the smaller model, and what is left of it."""
+        for name, each in whole.items():
+            if (new := self.renamed(name)) is not None:
+                yield name, new, cut(self.cuts[name], each) if name in self.cuts else each
 
     def shapes(self, whole: Shapes) -> Shapes:
         """Return the shapes of the remaining parameters, by name in the smaller model."""
-        named = ((self.renamed(name), self.shape(name, shape)) for name, shape in whole.items())
-        return {name: shape for name, shape in named if name is not None and shape is not None}
+        return {new: shape for _, new, shape in self._left(whole, Cut.shape)}
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
         require_shapes(model.model, settings, self.shapes(parameter_shapes(model.model)))
 
     def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the remaining tensors of the `whole` model, by name in the smaller model."""
-        cuts = self.cuts
-        named = {name: self.renamed(name) for name in whole}
-        return {new: cuts[n].of(whole[n]) if n in cuts else whole[n] for n, new in named.items() if new is not None}
+        return {new: tensor for _, new, tensor in self._left(whole, Cut.of)}
 
     def emptied(self, layer: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return zeros in place of the removed parts of a decoder layer."""
@@ -261,8 +254,7 @@ class AbstractRemoval(ABC):
 
     def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
         """Return the places of the remaining tensors, by name in the `whole` model."""
-        cuts, left = self.cuts, [name for name in whole if self.renamed(name) is not None]
-        return {name: cuts[name].entry(whole[name]) if name in cuts else whole[name] for name in left}
+        return {name: entry for name, _, entry in self._left(whole, Cut.entry)}
 
     def model(self, model: HuggingFaceModel) -> PreTrainedModel:
         """Return the smaller model, with the weights of a `model` that is whole in memory."""
@@ -284,11 +276,9 @@ class AbstractRemoval(ABC):
 
     def sizes(self, model: HuggingFaceModel) -> dict[str, list[int]]:
         """Widths, and numbers of parameters, of a `model` before and after."""
-        layers = tuple(f"{layer.name}." for layer in model.layers)
-        whole, decoder = [0, 0], [0, 0]
-        for name, parameter in model.model.named_parameters():
-            shape = self.shape(name, tuple(parameter.shape))
-            pair = parameter.numel(), 0 if shape is None else Size(shape).numel()
-            for total in (whole, decoder) if name.startswith(layers) else (whole,):
-                total[:] = (a + b for a, b in zip(total, pair, strict=True))
-        return self.note()["widths"] | {"decoder_parameters": decoder, "parameters": whole}
+        layers, whole = tuple(f"{layer.name}." for layer in model.layers), parameter_shapes(model.model)
+        left = {name: shape for name, _, shape in self._left(whole, Cut.shape)}
+        counts = [{name: Size(shape).numel() for name, shape in each.items()} for each in (whole, left)]
+        decoder = [sum(count for name, count in each.items() if name.startswith(layers)) for each in counts]
+        parameters = [sum(each.values()) for each in counts]
+        return self.note()["widths"] | {"decoder_parameters": decoder, "parameters": parameters}

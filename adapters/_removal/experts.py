@@ -1,6 +1,6 @@
 """Remove experts for good: smaller mixtures, and a configuration with their number."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -82,12 +82,12 @@ class ExpertRemoval(AbstractRemoval):
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return with_values(settings, {self.place: self.size - self.count})
 
-    def stand_ins(self, model: HuggingFaceModel) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        """See `AbstractRemoval.stand_ins`: a router sends tokens to experts of zeros, too."""
+    def stand_in(self, model: HuggingFaceModel) -> None:
+        """See `AbstractRemoval.stand_in`: a router sends tokens to experts of zeros, too."""
         blocks = small_blocks(model, self.place, self.mixtures, self.size - self.count)
         for mixture, small in zip(self.mixtures, blocks, strict=True):
             block, numbers = model.model.get_submodule(mixture.block), self.removed[mixture.layer]
-            yield block, _either(mixture, block, mixture.without(small, block, numbers), numbers)
+            block.forward = _either(mixture, block, mixture.without(small, block, numbers), numbers)
 
 
 def _either(mixture: Mixture, block: nn.Module, fewer: Callable[..., Any], numbers: list[int]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ reader of the heads' outputs. All further parts follow from the parameters that 
 from experiments: entries that are doubled change inputs of the reader, and these have to be of a single group.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -202,8 +202,8 @@ def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
         state = {f"{layer.name}.{name}": tensor for name, tensor in layer.module.state_dict().items()}
         cuts = {name: cut for name, cut in narrowed.cuts.items() if name in state}
         zeros = state | {name: cut.back(cut.of(state[name]), state[name]) for name, cut in cuts.items()}
-        before = _With(layer.module, zeros, layer.name)
-        after = _With(layers[left.index(layer.name)], narrowed.state(state), layer.name)
+        before = _with(layer.module, zeros, layer.name)
+        after = _with(layers[left.index(layer.name)], narrowed.state(state), layer.name)
         return close(call(before, hidden), call(after, hidden), hidden.dtype)
 
     if not all(each := of_each_kind(model, same)):
@@ -213,15 +213,9 @@ def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
         )
 
 
-class _With(nn.Module):
-    """A module with replaced tensors, whose names begin with the layer's."""
-
-    def __init__(self, module: nn.Module, state: Mapping[str, Tensor], layer: str) -> None:
-        super().__init__()
-        own = {name.removeprefix(f"{layer}."): tensor for name, tensor in state.items()}
-        device = next(iter(own.values())).device
-        buffers = {name: buffer.to(device) for name, buffer in module.named_buffers()}
-        self._run = partial(functional_call, module, buffers | own)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(args, kwargs)
+def _with(module: nn.Module, state: Mapping[str, Tensor], layer: str) -> Callable[..., Any]:
+    """Return the function of a module with replaced tensors, whose names begin with the layer's."""
+    own = {name.removeprefix(f"{layer}."): tensor for name, tensor in state.items()}
+    device = next(iter(own.values())).device
+    buffers = {name: buffer.to(device) for name, buffer in module.named_buffers()}
+    return lambda *args, **kwargs: functional_call(module, buffers | own, args, kwargs)
