@@ -92,10 +92,12 @@ OTHER = "If it is Latin-1: iconv -f LATIN1 -t UTF-8."
 
 def is_file(text: str) -> bool:
     """Return True if `text` is a path: it ends like a text file's, or leads to something."""
-    if text.endswith(TEXT_FILES):
-        return True
+    return text.endswith(TEXT_FILES) or (bool(text) and exists(text))
+
+
+def exists(path: str) -> bool:
     try:
-        return bool(text) and Path(text).expanduser().exists()
+        return Path(path).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # a text too long for a path, say
         return False
 

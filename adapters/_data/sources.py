@@ -15,6 +15,7 @@ from .documents import (
     Documents,
     Split,
     datasets_package,
+    exists,
     hub_documents,
     is_file,
     read_documents,
@@ -29,7 +30,7 @@ Part = tuple[Any, float]
 
 def parts_of(dataset: Any) -> list[Part]:
     """Split "a.txt:0.5,self:0.5" into data sets and shares of the whole, equal by default; any other is one part."""
-    if not isinstance(dataset, str) or not {",", ":"} & set(dataset) or len(dataset) > LONGEST or _exists(dataset):
+    if not isinstance(dataset, str) or not {",", ":"} & set(dataset) or len(dataset) > LONGEST or exists(dataset):
         return [(dataset, 1.0)]
     pairs = [_named(part.strip()) for part in dataset.split(",")]
     shares = [share for _, share in pairs if share is not None]
@@ -70,13 +71,6 @@ def _named(part: str) -> tuple[str, float | None]:
         if is_file(name):
             raise CalibrationError(f"{shown(part)}: {shown(share)} is no share. Accepted: a number above 0.") from None
         return part, None
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, RuntimeError):  # a text too long for a path, say
-        return False
 
 
 LONGEST_NAME = 200  # characters of a data set's name or a path; a longer text is one

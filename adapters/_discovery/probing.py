@@ -57,7 +57,11 @@ TOLERANCE = 1e-3
 def refuse_other_replays(model: ProbedModel) -> None:
     """Refuse a model that differs from its decoder layers. For a streamed model only the calls are compared."""
     batch = model.probe_tokens()
-    _refuse_other_shapes(batch, model.first_inputs(batch))
+    if (shape := model.first_inputs(batch).shape)[:-1] != batch.shape:  # Gemma 3n has four vectors a token
+        raise ModelError(
+            f"The decoder layers are called with hidden states {list(shape)} for {list(batch.shape)} tokens; "
+            "accepted: [batch tokens hidden]. Such a model cannot be pruned layer by layer."
+        )
     if model.streams:
         error = 0.0 if _same(model.calls(batch), model.calls(batch.flip(-1))) else inf
     else:
@@ -72,15 +76,6 @@ def refuse_other_replays(model: ProbedModel) -> None:
             f"{model.name}: its decoder layers, called one by one, do not give what the model gives (relative "
             f"error {error:.1e}). Something happens between them, or what they are called with depends on the "
             "tokens; such a model cannot be pruned layer by layer."
-        )
-
-
-def _refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
-    """Refuse hidden states that are not a single vector per token; Gemma 3n has four."""
-    if hidden.shape[:-1] != batch.shape:
-        raise ModelError(
-            f"The decoder layers are called with hidden states {list(hidden.shape)} for {list(batch.shape)} tokens; "
-            "accepted: [batch tokens hidden]. Such a model cannot be pruned layer by layer."
         )
 
 

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from rich.table import Table
 
 from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
-from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._runs import cost, sizes
 from convexprune._runs.cost import load, measured_speed, seconds
@@ -160,7 +160,7 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
         model=outline.name,
         recipe=checked.model_dump(mode="json") | {"max_seq_length": setting.length},
         operators=sum(len(layer.operators) for layer in outline.layers),
-        weights=sum(_weights(layer) for layer in outline.layers),
+        weights=sum(prod(operator.shape) for layer in outline.layers for operator in layer.operators),
         zeros=sum(
             layers.pattern_of(f"{layer.name}.{operator.name}").zeros(*operator.shape)
             for layer in outline.layers
@@ -190,10 +190,6 @@ def _notes(recipe: Recipe, settings: LayerSettings) -> Iterator[str]:
         yield "The size of the file was not checked, which takes a tokenizer: `convexprune prune ... --dry-run` does."
     if settings.pruners:
         yield f"Memory and time are those of the method {recipe.method} for all."
-
-
-def _weights(layer: DecoderLayer) -> int:
-    return sum(operator.shape[0] * operator.shape[1] for operator in layer.operators)
 
 
 # ---- tables

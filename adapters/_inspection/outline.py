@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -25,12 +25,12 @@ from convexprune.recipe import Recipe
 from .._allocating import WINDOWS, gradient_windows
 from .._checkpoints.admission import refuse_quantized
 from .._checkpoints.model_folder import NotStreamable, check_folder, check_layers, place_of
-from .._checkpoints.reading import ask, model_class, parameters_on_meta
+from .._checkpoints.reading import ask
 from .._data.calibration import DEFAULT_LENGTH
 from .._discovery.experts import FusedExperts, fused_parameters
 from .._discovery.family import decoder_layers
 from .._huggingface import HuggingFaceModel
-from .._loading.loading import path_of
+from .._loading.loading import empty_model, path_of
 from .._types import ends
 
 ADDED = torch.ops.aten.addmm.default
@@ -56,7 +56,10 @@ class RandomModel(HuggingFaceModel):
         away = layer.module.state_dict()
         layer.module.load_state_dict(_random(away), assign=True)
         try:
-            with _every_expert_by_itself(layer.module), _QuickProducts():
+            with ExitStack() as each_expert_by_itself, _QuickProducts():
+                for module in layer.module.modules():
+                    if fused_parameters(module):
+                        each_expert_by_itself.enter_context(FusedExperts(module).looped())
                 yield
         finally:
             layer.module.load_state_dict(away, assign=True)
@@ -66,22 +69,13 @@ class _QuickProducts(TorchDispatchMode):
     """Replace products with random weights by a sum that depends on every input, as discovery requires."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in PRODUCTS or not _overlaps(args[-1]):
+        if func not in PRODUCTS or args[-1].untyped_storage().nbytes() >= args[-1].nbytes:  # not of `_values`
             return func(*args, **(kwargs or {}))
         x, weight = args[-2:]
         inputs, outputs = weight.shape[-2:]
         own = x[..., torch.arange(outputs) % inputs] * weight[..., :1, :]
         product = own + x.mean(-1, keepdim=True)
         return product + args[0] if func is ADDED else product
-
-
-@contextmanager
-def _every_expert_by_itself(layer: nn.Module) -> Iterator[None]:
-    with ExitStack() as looped:
-        for module in layer.modules():
-            if fused_parameters(module):
-                looped.enter_context(FusedExperts(module).looped())
-        yield
 
 
 def _random(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,10 +92,6 @@ def _values(like: Tensor, generator: torch.Generator) -> Tensor:
     length = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, strides, strict=True))
     numbers = torch.randn(length, dtype=torch.float32, generator=generator)
     return numbers.to(like.dtype).as_strided(like.shape, strides)
-
-
-def _overlaps(weight: Tensor) -> bool:
-    return weight.untyped_storage().nbytes() < weight.nbytes
 
 
 @dataclass(frozen=True)
@@ -126,10 +116,8 @@ def read_outline(source: str | Path | PreTrainedModel, recipe: Recipe, trust_rem
         config = _config(source, trust_remote_code)
         stored = getattr(config, "dtype", None) or torch.float32
     refuse_quantized(config)
-    reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
     dtype = recipe.torch_dtype or stored
-    with parameters_on_meta():
-        built = ask(str(source), lambda: reader.from_config(config, dtype=dtype, **remote))
+    built = empty_model(str(source), config, {"trust_remote_code": trust_remote_code}, dtype=dtype)
     chosen = {"targets": recipe.targets, "ignore": recipe.ignore}
     model = ask(str(source), lambda: RandomModel(built, name=str(source), **chosen))  # its layers are run once
     whole = any(fused_parameters(module) for layer in model.layers for module in layer.module.modules())
