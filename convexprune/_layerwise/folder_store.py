@@ -191,10 +191,10 @@ class FolderStore(AbstractStore):
         return damaged
 
     def _let_go(self, number: int) -> None:
-        """Delete hidden states that are used up once layer `number` is finished."""
+        """Delete the hidden states between two layers that are done, once layer `number` is finished."""
         self.pruned_here.add(number)
         for one in (number, number + 1):
-            if self._is_used_up(one):
+            if self.is_finished(one) and (one == 0 or self.is_finished(one - 1)):
                 self._forget_hidden(one, "dense")
                 self._forget_hidden(one, "pruned")
 
@@ -203,10 +203,6 @@ class FolderStore(AbstractStore):
 
     def _notes(self, kind: str, name: str) -> Path:
         return self.folder / kind / f"{name}.json"
-
-    def _is_used_up(self, number: int) -> bool:
-        """Return True if the hidden states before a layer can go: that layer and the layer before are done."""
-        return self.is_finished(number) and (number == 0 or self.is_finished(number - 1))
 
     def _forget_hidden(self, number: int, stream: Stream) -> None:
         self._resident.pop((number, stream), None)

@@ -82,7 +82,10 @@ class Batches(Sequence[Tensor]):
         """
         assert self.dtype is not None, "nothing was recorded"
         if self._resident and self.nbytes < sum(_size(shape, self.dtype) for shape in self.shapes):
-            self._write_all()
+            whole = Batches(self.path.with_suffix(".whole"))
+            for batch in self:
+                whole.append(batch)
+            self.path, self._ends = whole.path, whole._ends
         notes = {"dtype": CODES[self.dtype], "shapes": self.shapes, "sha256": sha256(self.path)}
         with writing(path):
             publish(self.path, path)
@@ -137,13 +140,6 @@ class Batches(Sequence[Tensor]):
         with writing(self.path), self.path.open("ab") as file:
             write(file, raw(batch))
         self._ends.append(self._ends[-1] + batch.nbytes)
-
-    def _write_all(self) -> None:
-        """Write the batches on the device to the file as well."""
-        whole = Batches(self.path.with_suffix(".whole"))
-        for batch in self:
-            whole.append(batch)
-        self.path, self._ends = whole.path, whole._ends
 
 
 def _size(shape: Sequence[int], dtype: torch.dtype | None) -> int:
