@@ -158,7 +158,7 @@ def _generation(
         kinds: list[Any] = [("prefill", 1, prompt, prefills, lambda _: 1)]
         for b in batches:
             decodes = {n: _decode(m, b, asked.new_tokens, device, seconds) for n, m in pair.items()}
-            kinds.append(("decode", b, b, decodes, _new_tokens))
+            kinds.append(("decode", b, b, decodes, lambda sequences: sequences.shape[1] - 1))
         for what, batch, count, runs, often in kinds:
             times = time_in_turns(runs, device, seconds, often)
             told = pair if name == others[0] else [name]  # the dense format once, though it is timed beside each
@@ -180,10 +180,6 @@ def _decode(model: PreTrainedModel, batch: int, new_tokens: int, device: str, se
     asked: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     asked |= {"max_time": seconds / (2 * ROUNDS), "attention_mask": token, "pad_token_id": 0}
     return partial(cast(Any, model).generate, token, **asked)
-
-
-def _new_tokens(sequences: Tensor) -> int:
-    return sequences.shape[1] - 1
 
 
 def _nbytes(model: nn.Module) -> int:

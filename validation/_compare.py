@@ -33,6 +33,7 @@ from convexprune.report import finite
 
 from ._results import draw, make_row, markdown, tasks_result, text_result, will_draw
 from ._side_by_side import DENSE, Comparison, Tokens
+from ._source import load_as
 from ._texts import evaluate_tasks, require_tasks, text_of
 from ._variants import Variant, allocated, layer_settings, make_variants
 
@@ -87,7 +88,9 @@ def compare(
     staging = Staging(output_folder(asked.output, model), "compare")
     before = resumable(staging, recipe.seed, asked.resume)
     texts = _texts(asked.eval_texts)
-    loaded = _loaded(adapters.EMBEDDED if model is None else model, recipe, asked)
+    begin("loading the model")
+    source = adapters.EMBEDDED if model is None else model
+    loaded = load_as(recipe, source, default_device(recipe.device), asked.allow_changed)
     settings = layer_settings(loaded, variants)
     tokens = _tokens(loaded, recipe, asked, dataset, texts)
     card = _card(loaded, tokens, recipe) | {
@@ -116,12 +119,6 @@ def compare(
         write_json(folder / RESULT, finite(result))
         (folder / "report.md").write_text(markdown(result, draw(result, folder) if drawing else []))
     return result
-
-
-def _loaded(source: str | Path, recipe: Recipe, asked: Compare) -> HuggingFaceModel:
-    begin("loading the model")
-    chosen: dict[str, Any] = {"targets": recipe.targets, "ignore": recipe.ignore, "allow_changed": asked.allow_changed}
-    return adapters.load(source, device=default_device(recipe.device), dtype=recipe.torch_dtype, **chosen)
 
 
 def _tokens(model: HuggingFaceModel, recipe: Recipe, asked: Compare, dataset: Any, texts: Mapping[str, str]) -> Tokens:

@@ -76,7 +76,7 @@ def open_source(
     if recipe.build_pattern().removes:
         raise RecipeError(f"Pattern {recipe.pattern!r}: prune with it, and verify the folder of the run.")
     adapters.check_dataset(recipe.dataset)
-    dense = _load(recipe.model, recipe, device, allow_changed)
+    dense = load_as(recipe, recipe.model, device, allow_changed)
     return Source(recipe, dense, recipe.dataset)
 
 
@@ -90,11 +90,11 @@ def _open_run(folder: Path, settings: dict[str, Any], device: str, allow_changed
     place = {name: _found(name, folder, recipe, report) for name in MOVED if name not in settings} | settings
     model, dataset = place["model"], place["dataset"]
     adapters.check_dataset(dataset)
-    dense = _load(model, recipe, device, allow_changed)
+    dense = load_as(recipe, model, device, allow_changed)
     _require_same_model(dense, model, report)
-    pruned, pattern = _load(folder, recipe, device, allow_changed), recipe.build_pattern()
+    pruned, pattern = load_as(recipe, folder, device, allow_changed), recipe.build_pattern()
     if pattern.removes:
-        pruned = _widened(dense, _load(model, recipe, device, allow_changed), pruned, pattern, folder)
+        pruned = _widened(dense, load_as(recipe, model, device, allow_changed), pruned, pattern, folder)
     return Source(recipe, dense, dataset, pruned, report)
 
 
@@ -114,7 +114,7 @@ def _widened(
     return other
 
 
-def _load(source: str | Path, recipe: Recipe, device: str, allow_changed: bool) -> HuggingFaceModel:
+def load_as(recipe: Recipe, source: str | Path, device: str, allow_changed: bool) -> HuggingFaceModel:
     chosen = {"targets": recipe.targets, "ignore": recipe.ignore, "allow_changed": allow_changed}
     return adapters.load(source, device=device, dtype=recipe.torch_dtype, **chosen)
 
