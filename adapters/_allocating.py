@@ -21,11 +21,11 @@ from convexprune._layerwise.allocation import (
     measured,
 )
 from convexprune._layerwise.capture import Recorded
-from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import Call, DecoderLayer
 from convexprune._layerwise.settings import LayerSettings, TokenWeighting, loss_weights, sink_weights
 from convexprune._layerwise.steps.survey import survey
 from convexprune._layerwise.steps.trials import PRUNED, Trials
+from convexprune._layerwise.store import AbstractStore, MemoryStore
 from convexprune._progress import begin
 from convexprune.constraints import Constraint
 
@@ -164,18 +164,15 @@ def allocate(
     held_out: Tensor,
     asked: Asked,
     batch_size: int,
-    store: FolderStore | None,
+    store: AbstractStore,
 ) -> ModelAllocation:
     """Return the allocation of a run, computed once for all processes that share the store and for resumed runs."""
 
-    def find(record: Callable[[], Recorded]) -> ModelAllocation:
-        return allocate_each(model, calibration, held_out, [asked], batch_size, record)[0]
-
-    def keep(store: FolderStore) -> dict[str, Any]:
+    def find() -> dict[str, Any]:
         with store.scratch(0) as record:
-            return asdict(find(record))
+            return asdict(allocate_each(model, calibration, held_out, [asked], batch_size, record)[0])
 
-    return find(list) if store is None else ModelAllocation(**store.compute_once("allocation", lambda: keep(store)))
+    return ModelAllocation(**store.compute_once("allocation", find))
 
 
 def token_weights(
@@ -183,7 +180,7 @@ def token_weights(
     asked: TokenWeighting,
     calibration: Tensor,
     batch_size: int = 1,
-    store: FolderStore | None = None,
+    store: AbstractStore | None = None,
 ) -> Mapping[str, Tensor]:
     """Return weights [windows length] of the `calibration` tokens by "layer.operator"; the others count all alike."""
     if asked.kind == "attention_sink":
@@ -191,16 +188,14 @@ def token_weights(
         return {name: weights for name in read_by_other_tokens(model)}
     if asked.kind == "none":
         return {}
+    store = store or MemoryStore(())
 
-    def find(record: Callable[[], Recorded]) -> dict[str, Tensor]:
-        squares = loss_fisher(model, calibration, batch_size, record, by_token=True).tokens
+    def find() -> dict[str, Tensor]:
+        with store.scratch(0) as record:
+            squares = loss_fisher(model, calibration, batch_size, record, by_token=True).tokens
         return {name: loss_weights(each, asked.share) for name, each in squares.items()}
 
-    def keep(store: FolderStore) -> dict[str, Tensor]:
-        with store.scratch(0) as record:
-            return find(record)
-
-    return find(list) if store is None else store.tensors_once("token_weights", lambda: keep(store))
+    return store.tensors_once("token_weights", find)
 
 
 @torch.no_grad()

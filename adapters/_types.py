@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from convexprune._container.layouts import imported
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.context import propagate
-from convexprune._layerwise.folder_store import ENDS, FolderStore
+from convexprune._layerwise.folder_store import ENDS
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.steps.survey import survey
-from convexprune._layerwise.store import BLOCKS, MemoryStore
+from convexprune._layerwise.store import BLOCKS, AbstractStore, MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
 from convexprune.constraints import Constraint, Quantized, Unstructured, make_grid
@@ -78,7 +78,7 @@ class TypeChoice:
     rule: str = "curve"  # or "measured"
 
     def types(
-        self, store: FolderStore, pattern: Constraint, units: Mapping[tuple[str, ...], Mapping[str, int]], room: int
+        self, store: AbstractStore, pattern: Constraint, units: Mapping[tuple[str, ...], Mapping[str, int]], room: int
     ) -> dict[str, Any]:
         """Return the type of each operator, embedding and head, by name, with the forecast `cost` and its `gap`.
 
@@ -108,7 +108,7 @@ class TypeChoice:
         store.tensors_once(ENDS, lambda: self._quantized(types, ends))
         return {"types": types, "cost": cost, "gap": max(0.0, cost - bound)}
 
-    def tensors(self, store: FolderStore, types: Mapping[str, str]) -> Mapping[str, Tensor]:
+    def tensors(self, store: AbstractStore, types: Mapping[str, str]) -> Mapping[str, Tensor]:
         """Return embedding and head on the grids of their types, and as `BLOCKS` their bytes."""
 
         def make() -> Mapping[str, Tensor]:

@@ -24,12 +24,12 @@ from convexprune._layerwise.work import prune_claimed
 from convexprune._progress import FORECAST, begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, with_sparsity, write_card
-from convexprune._rendering.page import write_page
+from convexprune._rendering.page import page
 from convexprune._runs.executors import Job
 from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder, identity
 from convexprune._schema.functions import Call
 from convexprune._storage.batches import room_on
-from convexprune._storage.files import checksums, sha256, write_json
+from convexprune._storage.files import checksums, sha256, write_json, write_text
 from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel, Inspection
 from convexprune.recipe import PRESETS, Recipe
@@ -52,22 +52,24 @@ class InMemory(Request):
         windows = self._windows(loaded, {})
         report = self._report(loaded, windows)
         self._evaluate(report, "dense", loaded, windows)
+        store = MemoryStore(range(len(loaded.layers)))
         with use_threads(self.threads):
-            self._allocate(loaded, windows, report)
-            self._choose(loaded, windows, report)
+            self._allocate(loaded, windows, report, store)
+            self._choose(loaded, windows, report, store)
             on_operator = self._on_operator(loaded)
 
             def record(operator: OperatorReport) -> None:
                 report.operators.append(operator)
                 on_operator(operator)
 
-            prune_claimed(loaded, MemoryStore(range(len(loaded.layers))), self._work(windows), record)
+            prune_claimed(loaded, store, self._work(windows), record)
         self.clock.lap("prune")
         self._evaluate(report, "pruned", loaded, windows)
         self._warn(report, report.sparser_before)
         self._end(report)
         pruned, removed = loaded.model, dict[str, Any]()
-        if (narrowed := self._narrowed(pruned.get_parameter)) is not None:
+        if self.removal is not None:
+            narrowed = self.removal.narrowed(pruned.get_parameter)
             pruned, report.narrowed = narrowed.model(loaded), narrowed.sizes(loaded)
             removed[_record_of_removal(self.recipe)] = narrowed.note()
         mark_sparse(pruned, report)
@@ -211,12 +213,12 @@ class InFolder(Request):
         self.clock.lap("write")
         self._end(report)
         report.documents = {CARD: str(sha256(write_card(report, place)))}
-        write_page(report, place / PAGE)
+        write_text(place / PAGE, page(report))
         self.folder.finish(report)
 
     def _write_files(self, loaded: HuggingFaceModel, store: FolderStore, report: Report, place: Path) -> None:
         stored = adapters.pruned_entries(loaded, store)
-        narrowed = self._narrowed(lambda name: stored[name].read())
+        narrowed = None if self.removal is None else self.removal.narrowed(lambda name: stored[name].read())
         if narrowed is not None:
             report.narrowed = narrowed.sizes(loaded)
         adapters.save_from_store(loaded, store, place, self.given_tokenizer, partial(with_sparsity, report), narrowed)

@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,8 +29,8 @@ from convexprune._device import machine
 from convexprune._device.machine import installation
 from convexprune._device.memory import use_gpu
 from convexprune._layerwise.allocation import WEIGHED
-from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.settings import TokenWeighting
+from convexprune._layerwise.store import AbstractStore
 from convexprune._layerwise.work import Work
 from convexprune._progress import FORECAST, begin
 from convexprune._runs.executors import check_patterns
@@ -77,6 +77,7 @@ class Request:
         self.given_tokenizer = adapters.given_tokenizer(call.tokenizer)
         self.installed = installation(self.device)
         self.cast_back = partial(adapters.cast_back, self.source, recipe.torch_dtype)
+        self.what_needs_less = partial(what_needs_less, self.source, recipe, call.trust_remote_code)
         self.open = partial(
             load,
             self.source,
@@ -98,9 +99,6 @@ class Request:
         self.removal: AbstractRemoval | None = None
         self.clock = machine.Clock()
         self.dense_states: list[Tensor] | None = None
-
-    def what_needs_less(self) -> str:
-        return what_needs_less(self.source, self.recipe, self.call.trust_remote_code)
 
     def _check(self, loaded: HuggingFaceModel) -> None:
         pattern = self.recipe.build_pattern()
@@ -150,7 +148,7 @@ class Request:
         size.require(self.target)
 
     def _quantize_ends(
-        self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore, grid: Codebook
+        self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: AbstractStore, grid: Codebook
     ) -> None:
         """Put embedding and head on a grid."""
         report.ends = dict.fromkeys(adapters.ends(loaded), str(grid))
@@ -172,7 +170,7 @@ class Request:
                 f"{' and '.join(names)} {'are' if names[1:] else 'is'} quantized too, and {end} {self.call.output_dir}",
             )
 
-    def _choose_types(self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore) -> None:
+    def _choose_types(self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: AbstractStore) -> None:
         """Choose the type of every operator, and of embedding and head, which are quantized now."""
         size, recipe = self.size, self.recipe
         assert size is not None
@@ -189,9 +187,7 @@ class Request:
         report.sized = size.record(found["types"], self.target)
         self._tell_ends(report, windows)
 
-    def _choose(
-        self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
-    ) -> None:
+    def _choose(self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: AbstractStore) -> None:
         """Choose the removed layers or experts before pruning, once for all processes."""
         removal, kind = self.removal, self.layers.pattern.removes
         if removal is None or kind is None or not removal.chosen_first:
@@ -199,31 +195,22 @@ class Request:
         score = self.layers.pruner.scores[kind]
         judging = windows["held_out"] if len(windows["held_out"]) else windows["calibration"]
 
-        def choose(store: FolderStore) -> Any:
+        def choose() -> Any:
             with store.scratch(0) as record:
                 return removal.choose_by(score, loaded, judging, record)
 
-        made = removal.choose_by(score, loaded, judging, list) if store is None else None
-        found = made if store is None else store.compute_once("removed", lambda: choose(store))
-        self.removal = chosen = removal.without(found)
+        self.removal = chosen = removal.without(store.compute_once("removed", choose))
         self.open = partial(self.open, targets=chosen.choose(loaded))
         chosen.stand_in(loaded)
         self.layers = replace(self.layers, emptied=chosen.emptied)
         report.left_alone = dict(loaded.left_alone)
         self.clock.lap("choosing what to remove")
 
-    def _narrowed(self, read: Callable[[str], Tensor]) -> AbstractRemoval | None:
-        """Return the removal, by choice or by the zeros of the pruned weights that `read` gives."""
-        return None if self.removal is None else self.removal.narrowed(read)
-
-    def _allocate(
-        self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
-    ) -> None:
+    def _allocate(self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: AbstractStore) -> None:
         """Spread the zeros by the recipe, or as at the beginning of the run in the store."""
-        if (grid := self.recipe.embedding_grid) is not None and store is not None:
+        if (grid := self.recipe.embedding_grid) is not None:
             self._quantize_ends(loaded, windows, report, store, grid)
         if self.size is not None:
-            assert store is not None
             self._choose_types(loaded, windows, report, store)
             self.clock.lap("types")
         elif self.recipe.allocation != "uniform":

@@ -17,7 +17,7 @@ from convexprune._container.file import packed_name
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import write_card
 from convexprune._rendering.facts import facts, name_of_model
-from convexprune._rendering.page import write_page
+from convexprune._rendering.page import page
 from convexprune._runs.folder import PAGE, REPORT
 from convexprune._storage.failures import working
 from convexprune._storage.files import write_json, write_text
@@ -136,7 +136,7 @@ class PruneResult(Shown, _Result):
             write_json(folder / name, note)
         write_recipe(make_recipe(**self.report.recipe), folder)
         write_card(self.report, folder)
-        write_page(self.report, folder / PAGE)
+        write_text(folder / PAGE, page(self.report))
         write_text(folder / REPORT, self.report.to_json())
 
     def push_to_hub(

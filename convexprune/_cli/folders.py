@@ -98,20 +98,20 @@ def report(
     """Write the page of a run. Errors, zeros, certificates and next steps, as a single HTML file without a network."""
     with stoppable():
         from convexprune._container.provenance import require_as_written
-        from convexprune._rendering.page import check_page, write_page
+        from convexprune._rendering.page import check_page, page
         from convexprune._runs.folder import PAGE, RunFolder
-        from convexprune._storage.files import named
+        from convexprune._storage.files import named, write_text
 
         folder = named(run)
         report = RunFolder(folder).report()
         place = check_page(output or folder / PAGE)
         if any((folder / name).exists() for name in report.files):  # no copy of the report alone
             require_as_written(folder, allow_changed)
-        page = write_page(report, place, str(folder))
+        write_text(place, page(report, str(folder)))
     if as_json:
-        print_json({"page": str(page.resolve())})
+        print_json({"page": str(place.resolve())})
         return
-    console.print(f"page: {page.resolve()}", soft_wrap=True)
+    console.print(f"page: {place.resolve()}", soft_wrap=True)
 
 
 @recipes.command("from-llmcompressor")

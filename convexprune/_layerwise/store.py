@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,12 @@ class AbstractStore(ABC):
     @abstractmethod
     def scratch(self, number: int) -> AbstractContextManager[Callable[[], Recorded]]:
         """Make places for recorded tensors, which vanish at the end unless put away."""
+
+    def compute_once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Compute a value by name; of processes that share the store in a single one."""
+        return make()
+
+    tensors_once = compute_once
 
     @abstractmethod
     def hidden(self, number: int, stream: Stream) -> Recorded | None:

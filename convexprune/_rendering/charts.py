@@ -42,7 +42,8 @@ def pairs(values: Sequence[tuple[float, float, str]]) -> Chart | None:
     def share(v: float) -> float:
         return (math.log10(v) - low) / (high - low)
 
-    ticks = _ticks(low, high)
+    steps, powers = STEPS if high - low < 2 else (1,), range(math.floor(low), math.ceil(high) + 1)
+    ticks = [v for power in powers for step in steps if low <= math.log10(v := step * 10.0**power) <= high]
     return Chart(
         [Mark(_x(share(x)), _y(share(y)), 0.0, f"{name}: {percent(x)} and {percent(y)} %") for x, y, name in known],
         [Mark(_x(share(v)), _y(0), 0.0, f"{100 * v:g} %") for v in ticks],
@@ -74,12 +75,6 @@ def histogram(values: Sequence[float], bins: int, log: bool) -> Chart | None:
 
 def percent(value: float) -> str:
     return f"{100 * value:#.2g}".rstrip(".") if 0 < value < 1 else f"{100 * value:.0f}"
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    steps = STEPS if high - low < 2 else (1,)
-    every = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
-    return [v for v in every if low <= math.log10(v) <= high]
 
 
 def _x(share: float) -> float:

@@ -263,10 +263,6 @@ def reason(o: OperatorReport, report: Report) -> str:
         return f"it has more zeros than the whole model: {100 * o.sparsity:.0f} %"
     if o.bound is not None and o.bound["ratio"] > HARD:
         return f"no pruning has less than {o.bound['ratio']:.2f} of this error"
-    return _compared(o, report)
-
-
-def _compared(o: OperatorReport, report: Report) -> str:
     name = place(o.name)[1]
     usual = median([_judged(other) for other in report.operators if place(other.name)[1] == name])
     last = name.rpartition(".")[2]

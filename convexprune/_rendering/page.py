@@ -10,7 +10,6 @@ from typing import Any
 
 from convexprune._container.provenance import is_page
 from convexprune._storage.failures import writing
-from convexprune._storage.files import write_text
 from convexprune._storage.staging import followed
 from convexprune.errors import OutputError
 from convexprune.report import Report
@@ -36,11 +35,6 @@ def check_page(path: Path) -> Path:
         if os.path.lexists(place) and not (place.is_file() and is_page(place)):
             raise OutputError(f"{place} is no page of a run, and is not replaced. Give another file.")
     return place
-
-
-def write_page(report: Report, path: Path, folder: str | None = None) -> Path:
-    write_text(path, page(report, folder))
-    return path
 
 
 def page(report: Report, folder: str | None = None) -> str:
