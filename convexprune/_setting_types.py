@@ -21,11 +21,7 @@ Made = TypeVar("Made")
 
 
 def between(ends: tuple[float, float], share: float) -> float:
-    """A point of a geometric path.
-
-    Args:
-        share: how far, in [0, 1].
-    """
+    """Return a point of a geometric path, its `share` in [0, 1]."""
     return ends[0] * (ends[1] / ends[0]) ** share
 
 

@@ -265,10 +265,7 @@ class Recipe(
 
 
 def _following(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return defaults that follow from other settings.
-
-    Rows compete where a method searches a support and `check_rule` allows it. What is published counts tokens alike.
-    """
+    """Return defaults that follow from others: rows compete where a method searches and `check_rule` allows it."""
     mixed = given.get("target") is not None or given.get("quantize") in FAMILIES
     codes, preset = mixed or given.get("quantize") is not None, PRESETS.get(str(given.get("preset")), Preset())
     intended = preset.settings(given, given.get("sparsity") != 0 and not mixed, codes)

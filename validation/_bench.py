@@ -29,13 +29,7 @@ ROUNDS = 6  # of generation, for which its share of the time is divided
 
 @dataclass(frozen=True)
 class Bench:
-    """Timings on a device.
-
-    Args:
-        dense: the reference format: "float32", or "bfloat16" for a checkpoint in 16 bits.
-        zeros: the fraction of zeros in the weights.
-        left_out: reasons by name of a format without timings.
-    """
+    """Timings beside the format `dense`, the share of `zeros`, and reasons by name of formats that are `left_out`."""
 
     model: str
     device: str
@@ -74,17 +68,7 @@ class Bench:
 @pinned()
 @documented(doors.BENCH)
 def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Bench:
-    """Time a model's prompts and generation, dense and in every available format.
-
-    Formats take turns, so that all meet the same noise. Zeros change the speed of sparse formats only: CSR reads
-    non-zeros, and 2:4 needs the pattern.
-
-    Args:
-        model: a folder, a name on the hub, or a loaded model; None: the bundled one.
-
-    Returns:
-        Medians, their spread, and bytes, by format.
-    """
+    """Time a model's prompts and generation in every available format, in turns, so that all meet the same noise."""
     asked, shared = doors.BENCH.read(settings)
     place = default_device(shared.get("device", "auto"))
     begin("loading the model")
@@ -158,7 +142,7 @@ def _generation(
         kinds: list[Any] = [("prefill", 1, prompt, prefills, lambda _: 1)]
         for b in batches:
             decodes = {n: _decode(m, b, asked.new_tokens, device, seconds) for n, m in pair.items()}
-            kinds.append(("decode", b, b, decodes, lambda sequences: sequences.shape[1] - 1))
+            kinds.append(("decode", b, b, decodes, _new_tokens))
         for what, batch, count, runs, often in kinds:
             times = time_in_turns(runs, device, seconds, often)
             told = pair if name == others[0] else [name]  # the dense format once, though it is timed beside each
@@ -180,6 +164,10 @@ def _decode(model: PreTrainedModel, batch: int, new_tokens: int, device: str, se
     asked: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     asked |= {"max_time": seconds / (2 * ROUNDS), "attention_mask": token, "pad_token_id": 0}
     return partial(cast(Any, model).generate, token, **asked)
+
+
+def _new_tokens(sequences: Tensor) -> int:
+    return sequences.shape[1] - 1
 
 
 def _nbytes(model: nn.Module) -> int:

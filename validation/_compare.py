@@ -134,10 +134,7 @@ def _tokens(model: HuggingFaceModel, recipe: Recipe, asked: Compare, dataset: An
 
 @contextmanager
 def published(staging: Staging, identity: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[bool]:
-    """Hold the place of an output, and publish the output if the block ends well; otherwise keep what is there.
-
-    Yield True if the output is there already.
-    """
+    """Hold the place of an output, and publish it if the block ends well; yield True if it is there already."""
     with working(staging.output), staging.held() as is_free:
         if not is_free:
             raise staging.in_use()
@@ -158,10 +155,7 @@ def published(staging: Staging, identity: Mapping[str, Any], before: Mapping[str
 
 
 def resumable(staging: Staging, seed: int | list[int], resume: bool) -> dict[str, Any]:
-    """Return what identifies the comparison to go on with, or to hand back; nothing if none was begun.
-
-    Refuse, before any work, to lose one, or to go on with one of other samples.
-    """
+    """Return the identity of the comparison to go on with, if any; refuse to lose one, or to take other samples."""
     if not resume or _result_in(staging.output) is None:
         require_empty(staging.output)
     staging.check()

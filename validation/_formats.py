@@ -1,8 +1,4 @@
-"""Formats for the weight of a linear layer and its product: dense, 8 and 4 bits, and sparse.
-
-All formats are torch's, which does not document its operators of 8 and 4 bits. A machine without an operator is no
-error: `bench` tries every format, leaves out failures, and says why.
-"""
+"""torch's formats for the weight of a linear layer and its product; `bench` leaves out what a machine cannot do."""
 
 import warnings
 from abc import ABC, abstractmethod

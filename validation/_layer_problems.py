@@ -207,9 +207,7 @@ def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tu
 
 
 def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> dict[str, Problem]:
-    """Return the convex problems of a block without damping: reweighted L1 as of `convex`, and the refit on a
-    support.
-    """
+    """Return the convex problems of a block without damping: reweighted L1 as of `convex`, the refit on a support."""
     assert q.anchor is not None
     scale = q.scale()
     scores = q.anchor.abs() * scale

@@ -103,10 +103,7 @@ def of_model(model: PreTrainedModel) -> Logits:
 
 @torch.no_grad()
 def streamed_evaluation(model: HuggingFaceModel, tokens: Tensor, store: FolderStore) -> dict[str, dict[str, float]]:
-    """Return the fields of `Perplexity` for "dense" and "pruned", with the KL divergence of the pruned model.
-
-    A single decoder layer is in memory at a time. The store has the pruned layers, and place for hidden states.
-    """
+    """Return the fields of `Perplexity` for "dense" and "pruned", with its KL divergence; a layer at a time."""
     with store.scratch(store.count) as record:
         states = [last_states(model, tokens, record, pruned) for pruned in (None, store)]
         (dense, _), (pruned, kl) = fit(tokens, *(of_states(model, each) for each in states))

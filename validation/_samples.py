@@ -109,11 +109,7 @@ def _rows(samples: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def _over_first(pairs: Sequence[Sequence[float | str | None]]) -> dict[str, float] | None:
-    """Return geometric means of a value and of its ratio to the first, with the standard error of the ratio's
-    logarithm.
-
-    None if a value is unknown, not finite (text in JSON) or not positive.
-    """
+    """Return geometric means of a value and its ratio to the first, and the ratio's error; None if one is not known."""
     known = [[float("nan" if value is None else value) for value in pair] for pair in pairs]
     if not all(0 < value < inf for pair in known for value in pair):
         return None

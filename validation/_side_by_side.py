@@ -1,8 +1,4 @@
-"""Variants on the same tokens: each is pruned as `prune` does it, a layer after another, and measured; then the next.
-
-A layer has its dense weights back before the next one is pruned: no pruned model is kept, unless tasks are scored. A
-variant that is measured is a file.
-"""
+"""Variants on the same tokens, one after another: each is pruned layer by layer, as `prune` does it, and measured."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

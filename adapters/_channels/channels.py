@@ -1,7 +1,4 @@
-"""Channels that may change places: axes of parameters that have to be ordered alike.
-
-Experiments find the sets, because no architecture is known here: `inner_channels` and `hidden_channels`.
-"""
+"""Channels that may change places: axes of parameters that have to be ordered alike, found by experiment."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -131,10 +128,7 @@ Inputs = Mapping[Group, Tensor]
 
 @torch.no_grad()
 def hidden_channels(model: HuggingFaceModel) -> Channels:
-    """Return the channels of the hidden states, from the embedding to the head.
-
-    Parameters outside the decoder layers are not tried here: the outputs of the whole model are the check.
-    """
+    """Return the channels of the hidden states; outside the layers only the whole model's outputs are the check."""
     outside = _outside(model)
     found = zip(model.layers, of_each_kind(model, _through), strict=True)
     every = [channels.of_layer(layer.name) for layer, channels in found]

@@ -169,9 +169,7 @@ def _propagate_and_score(context: LayerContext) -> Callable[[Channels, int], Ten
 
 
 def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], channels: Channels, step: int) -> Tensor:
-    """Return scores [rows size] of the operators that read the channels, by mean `squares` [n] and every `step`-th
-    row.
-    """
+    """Return scores [rows size] of operators that read the channels, by mean `squares` [n], of every `step`-th row."""
     seen = {_columns(layer, operator): operator for operator in squares}
     parts = []
     for axis in channels.consumers:

@@ -209,9 +209,7 @@ def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 
 def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: str) -> dict[str, str]:
-    """Return stored names by the model's, without tied tensors, and with the prefix that a headless checkpoint
-    lacks.
-    """
+    """Return stored names by the model's, without tied tensors, with the prefix that a headless checkpoint lacks."""
     prefix, renamed = f"{model.base_model_prefix}.", _renamed(model, stored)
     refuse_more_layers(model, renamed)
     parameters = dict(model.named_parameters(remove_duplicate=False))

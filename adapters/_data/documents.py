@@ -109,10 +109,7 @@ def split_field(source: str | Path) -> tuple[Path, str | None]:
 
 
 def read_documents(source: str | Path) -> Documents:
-    """Return a .txt file as a text, or a .jsonl file's lines as texts ("text") or conversations ("messages").
-
-    FILE#FIELD names another field.
-    """
+    """Return a .txt file as a text, or a .jsonl file's texts or conversations; FILE#FIELD names another field."""
     if not str(source):
         raise CalibrationError(f"'' names no text. Give a file that ends in {' or '.join(TEXT_FILES)}.")
     path, field = split_field(source)

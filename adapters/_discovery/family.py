@@ -42,11 +42,7 @@ whatever the layers of another decoder do is found in the same way, by watching 
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the list of decoder layers of a language model, or of the language model inside a wrapper.
-
-    The list of modules with linear maps that is not inside such a list, belongs to transformers' decoder, and has
-    the length that the configuration declares.
-    """
+    """Return the decoder layers: the outermost list of modules with linear maps that is as long as configured."""
     _refuse_encoders(model)
     decoder = model.get_decoder()
     lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and _holds_operators(m)}

@@ -36,9 +36,7 @@ class ProbedModel(AbstractModel):
 
 
 def of_each_kind(model: ProbedModel, find: Callable[[DecoderLayer, Call, Tensor], T]) -> list[T]:
-    """Return by layer the result of `find` (layer, call, hidden states [1 tokens n]) on the first of equal
-    structure.
-    """
+    """Return by layer the result of `find` (layer, call, hidden [1 tokens n]) on the first of equal structure."""
     tokens, kinds, found = model.probe_tokens(), [signature(layer.module) for layer in model.layers], {}
     hidden = model.first_inputs(tokens)
 

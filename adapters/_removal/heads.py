@@ -175,9 +175,7 @@ def _groups(
 
 
 def _runs(found: Sequence[int], count: int) -> list[tuple[int, int]] | None:
-    """Return begin and length of runs of blocks, one for every KV group in turn: of fused q, k and v there are
-    three.
-    """
+    """Return begin and length of runs of blocks, one for every KV group in turn: three of fused q, k and v."""
     runs, at = list[tuple[int, int]](), 0
     while at < len(found):
         each = next((i for i, number in enumerate(found[at:]) if number != 0), 0)
@@ -191,9 +189,7 @@ def _runs(found: Sequence[int], count: int) -> list[tuple[int, int]] | None:
 
 
 def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
-    """Check that smaller layers compute the dense function with zeros for some heads: settings decide more than
-    shapes.
-    """
+    """Check that smaller layers compute what dense ones with zeros do: settings decide more than shapes."""
     narrowed = found.without_first()
     smaller = built(model.model, found.configured(settings_of(model))).eval()
     left, (_, layers) = [layer.name for layer in model.layers], decoder_layers(smaller)

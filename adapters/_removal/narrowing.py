@@ -19,10 +19,7 @@ from . import base
 
 @dataclass(frozen=True, eq=False)
 class Narrowing(base.AbstractRemoval):
-    """The removal of channels, or of KV groups of heads as channels of many rows.
-
-    `removed` are their numbers, by the operator whose inputs they are.
-    """
+    """The removal of channels, or KV groups of heads; `removed` are their numbers by operator that reads them."""
 
     sets: tuple[Channels, ...]  # named after the operator whose inputs they are
     places: Mapping[base.Place, tuple[int, int]]  # numbers before and after, by the setting that declares them

@@ -54,11 +54,7 @@ def layers_to_remove(
 
 
 def influences(model: HuggingFaceModel, windows: Tensor, record: base.Making) -> list[float]:
-    """Return the block influence of every layer: 1 - mean cos(h, h').
-
-    The output of the last layer is taken after the final norm, as in the code of ShortGPT: transformers' list of
-    hidden states ends there.
-    """
+    """Return 1 - mean cos(h, h') of every layer; of the last after the final norm, as in the code of ShortGPT."""
     found, batches = list[float](), windows.split(1)
 
     def step(context: LayerContext) -> None:

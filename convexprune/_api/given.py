@@ -69,10 +69,7 @@ class Sources:
     def draw(
         self, model: HuggingFaceModel, recipe: Recipe, known: Windows, whole: Callable[[], HuggingFaceModel]
     ) -> Windows:
-        """Return the windows of token ids for a run.
-
-        A model has to be whole in memory to sample text: a streamed model is opened whole for sampling, and released.
-        """
+        """Return the windows of token ids for a run; to sample text a streamed model is opened whole, and released."""
         windows = self.sampled(known)
         to_sample = [name for name, text in self._by_use.items() if adapters.needs_sampling(text)]
         is_given = isinstance(self.evaluation, Tensor) or self.evaluation not in (None, "self", HELD_OUT)
@@ -218,10 +215,7 @@ def write_copies(report: Report, call: Call) -> None:
 
 
 def _copies(call: Call) -> Path | None:
-    """Return the folder for copies of report and recipe, unless it is that of the result, where both lie anyway.
-
-    Refuse a folder with files of these names that are no report and no recipe of a run.
-    """
+    """Return the folder for copies of report and recipe, unless it is the result's; refuse what no run wrote."""
     if call.report_dir is None:
         return None
     if call.output_dir is not None and len({f.expanduser().resolve() for f in (call.report_dir, call.output_dir)}) == 1:

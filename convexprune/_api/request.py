@@ -46,11 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class Request:
-    """A checked call of `prune`: recipe, executor, and the way to open the model; a subclass runs the request.
-
-    Args:
-        settings: settings of the recipe by name, with model and texts as given.
-    """
+    """A checked call of `prune`: recipe, executor, and the way to open the model; a subclass runs the request."""
 
     def __init__(self, settings: dict[str, Any], call: Call) -> None:
         self.source, solver = settings["model"], settings.get("solver")

@@ -176,10 +176,7 @@ def unpack(
 
 
 def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterable[str]) -> Packed:
-    """Replace the safetensors files of a run's result by their packs, each once it is seen to unpack to the same.
-
-    Whenever this stops, each file is there, plain or packed.
-    """
+    """Replace a result's safetensors files by packs that unpack to the same; each is always there, plain or packed."""
     for path in (folder / name for name in checksums):
         if path.suffix == SUFFIX:
             begin(f"packing {path.name}")

@@ -82,11 +82,7 @@ class Part:
 
 
 def export(source: str | Path, output: str | Path, allow_changed: bool, _: Callable[[Path], None]) -> Path:
-    """Write a GGUF file of a model: pruned, smaller, quantized, or as it is.
-
-    Operators that a run has put on block grids (`quantize`: q8_0, q6_k, ..., q2_k) are written as their bytes; int4 and
-    int8 as Q4_0 and Q8_0, with the same values. All else has the type in which it is stored; vectors are float32.
-    """
+    """Write a GGUF file: block grids as bytes, int4 and int8 as Q4_0 and Q8_0, vectors as float32, the rest as is."""
     folder, files = source_files(source)
     if any(map(is_packed, files)):
         raise ModelError(f"{folder} is a pack. Unpack it first (convexprune unpack).")

@@ -1,6 +1,4 @@
-"""Layouts of other engines by name, and the exact size of their files before anything is quantized. To add a layout: a
-file here, and a line in `LAYOUTS`.
-"""
+"""Layouts of other engines, each a file here and a line in `LAYOUTS`, and the exact size of their files beforehand."""
 
 import re
 from collections.abc import Mapping

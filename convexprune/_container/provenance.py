@@ -25,10 +25,7 @@ OF_REPORT = {"checksum", "operators", "recipe", "left_alone"}
 
 @contextmanager
 def unchanged(folder: Path, allow_changed: bool, name: str | None = None) -> Iterator[None]:
-    """Refuse a model of which a file changes inside the block, and a result that is not what its run wrote.
-
-    A `name` is that of a model in a single file, the only one that is read.
-    """
+    """Refuse a model, or its single file `name`, that changes inside the block, and a result that is not as written."""
     with reading(folder):
         paths = [*folder.iterdir(), *folder.rglob(f"*{SUFFIX}")] if name is None else [folder / name]
         stamps = {path: Stamp.of(path) for path in paths if path.suffix in READ and path.is_file()}

@@ -83,7 +83,5 @@ def _told() -> str:
 
 
 def number_like(number: float, tensor: Tensor) -> Tensor:
-    """Return a number as a tensor without axes: no kernel is compiled for the value, and nothing waits for the
-    device.
-    """
+    """Return a number as a tensor without axes: no kernel is compiled for it, and nothing waits for the device."""
     return tensor.new_full((), number)

@@ -80,11 +80,7 @@ def steps(device: torch.device | str) -> str:
 
 
 def processor(device: torch.device | str) -> dict[str, str]:
-    """Return the settings that decide the order of sums and the formats of products on a device.
-
-    They are the format of steps, torch's instruction set, the library of float32 products, switches away from torch's
-    defaults, and a GPU's name and kernels.
-    """
+    """Return what decides the order of sums and the formats of products on a device: chip, libraries, switches."""
     device, gpu = torch.device(device), dict[str, str]()
     if device.type == "cuda":
         kernels = "op by op" if eager_because(device) else "fused"
@@ -122,10 +118,7 @@ def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversab
 
 
 def peak_memory(device: torch.device | str, has_workers: bool = False) -> dict[str, int]:
-    """Return the peak memory in bytes since the process began, by place.
-
-    The places are the "process", the largest ended child as "workers" if there were workers, and torch on the "gpu".
-    """
+    """Return peak bytes since the process began: its own, of the largest ended worker, and of torch on the GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     kinds = {"process": resource.RUSAGE_SELF} | ({"workers": resource.RUSAGE_CHILDREN} if has_workers else {})
     sizes = {name: resource.getrusage(kind).ru_maxrss * unit for name, kind in kinds.items()}

@@ -1,6 +1,4 @@
-"""Thresholds of long lines, and the largest entries of small groups: without a sort, and without waiting of the
-host.
-"""
+"""Thresholds of long lines, the largest entries of small groups: without a sort, and without waiting of the host."""
 
 from itertools import combinations
 

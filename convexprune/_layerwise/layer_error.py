@@ -80,10 +80,7 @@ class OnGrid(Kept):
 
 @dataclass(frozen=True, eq=False)
 class LayerError:
-    """The sum of |f(x) - y|^2 over tokens: f is the layer, or the submodule `end`; y are the dense outputs.
-
-    Computed in float32, whatever the model's dtype is, and summed over all ranks.
-    """
+    """The sum of |f(x) - y|^2 over tokens and ranks, in float32: f is the layer, or the submodule `end`; y is dense."""
 
     module: nn.Module
     calls: Calls

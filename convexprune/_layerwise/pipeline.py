@@ -107,10 +107,7 @@ class Stack:
 
 
 def in_dtype(weight: Tensor, mask: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a weight to a dtype, and mask entries.
-
-    A kept entry that rounds to zero becomes the smallest number, unless it was zero `before`: counts stay exact.
-    """
+    """Round a weight to a dtype, and mask; a kept entry that was not zero `before` never rounds to zero."""
     rounded, smallest = weight.to(dtype), torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     vanished = mask & (rounded == 0) & (before != 0)
     rounded = torch.where(vanished, torch.copysign(torch.full_like(rounded, smallest), before), rounded)

@@ -82,10 +82,6 @@ def prune_layer(store: AbstractStore, work: Work, on_operator: OnOperator, conte
 
 
 def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, on_operator: OnOperator) -> None:
-    """Prune layers as the store hands them out, until all are finished by any worker.
-
-    With a dense prefix a second worker can claim the next layer as soon as this worker has the outputs of its dense
-    layer: before pruning.
-    """
+    """Prune layers as the store hands them out; with a dense prefix the next can be claimed before this is pruned."""
     step = partial(prune_layer, store, work, on_operator)
     LayerWalk(model, work.batches, store, work.settings.streams).run(step)

@@ -1,7 +1,4 @@
-"""Progress of long calls: phases and steps, as events.
-
-Progress reaches a follower as a message reaches a log: working code calls `begin`, and no callback is passed on.
-"""
+"""Progress of long calls, as events that reach a follower as messages reach a log: working code calls `begin`."""
 
 import logging
 from collections.abc import Callable, Iterator

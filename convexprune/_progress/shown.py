@@ -48,10 +48,7 @@ def following(console: Console | None = None, quiet: bool = False) -> Iterator[N
 
 
 def visible(function: Callable[P, R]) -> Callable[P, R]:
-    """Show a bar while a function runs, on a terminal or in a notebook, unless somebody follows already.
-
-    Events go to the argument `on_progress`, too, if there is one.
-    """
+    """Show a bar while a function runs, unless somebody follows already; its argument `on_progress` follows, too."""
 
     @wraps(function)
     def call(*args: P.args, **settings: P.kwargs) -> R:

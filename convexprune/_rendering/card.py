@@ -75,11 +75,7 @@ METRICS = {"value": "perplexity", "kl": "kl divergence from dense"}  # by their 
 
 
 def sparsity_settings(report: Report) -> dict[str, Any]:
-    """Return the sparsity entry of config.json, in the words of compressed-tensors.
-
-    Loaders look for quantization below "quantization_config" and "compression_config" only, so this key does not make a
-    model a quantized model.
-    """
+    """Return the sparsity entry of config.json, as compressed-tensors words it; no loader quantizes for this key."""
     if not report.asks_for_zeros:
         return {}
     return {

@@ -30,9 +30,7 @@ class Chart:
 
 
 def pairs(values: Sequence[tuple[float, float, str]]) -> Chart | None:
-    """Place points on equal logarithmic axes, so that equal errors lie on the diagonal; None without two positive
-    pairs.
-    """
+    """Place points on equal logarithmic axes, equal errors on the diagonal; None without two positive pairs."""
     known = [(x, y, name) for x, y, name in values if 0 < x < math.inf and 0 < y < math.inf]
     if len(known) < 2:
         return None

@@ -36,12 +36,7 @@ PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the ru
 
 
 class RunFolder:
-    """The result of a run in `folder`, and the run that is unfinished in the `staging` place beside it.
-
-    Args:
-        folder: of the result.
-        replaces: refuses a folder that the result may not take the place of. None: the folder has to be empty.
-    """
+    """The result of a run in a folder, which is empty or passes `replaces`, and the unfinished run beside it."""
 
     def __init__(self, folder: Path, replaces: Callable[[Path], None] | None = None) -> None:
         self.folder, self.replaces = folder, replaces

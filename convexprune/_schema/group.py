@@ -84,10 +84,7 @@ INTEGER, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """A YAML loader without aliases, which can turn a few lines into gigabytes, and without numbers in base 60.
-
-    In YAML 1.1, 2:4 is the number 124.
-    """
+    """A YAML loader without aliases, of which a few lines make gigabytes, and without base 60, in which 2:4 is 124."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -93,9 +93,7 @@ class Parameters(Generic[Own]):
 
 
 def documented(settings: Parameters[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Give a function with `**settings` a signature and a docstring: `PLACE` is replaced by descriptions of the
-    settings.
-    """
+    """Give a function with `**settings` a signature, and a docstring with their descriptions in place of `PLACE`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = dict(inspect.signature(function).parameters)

@@ -43,13 +43,7 @@ def room_on(device: torch.device | str, needed: int) -> Room:
 
 
 class Batches(Sequence[Tensor]):
-    """Tensors of one dtype in a file; a tensor is mapped into memory only during use.
-
-    Args:
-        dtype: dtype of the tensors; None before the first.
-        shapes: shapes of the tensors in the file.
-        room: GPU memory for the first tensors. With `keep` they are written to the file too.
-    """
+    """Tensors of one dtype in a file, mapped into memory singly; the first stay on a GPU while it has `room`."""
 
     def __init__(
         self,
@@ -77,9 +71,7 @@ class Batches(Sequence[Tensor]):
         return cls(path, DTYPES[notes["dtype"]], notes["shapes"], device)
 
     def keep(self, path: Path) -> None:
-        """Move the file to the place where `kept` looks. Notes beside the file, written last, have dtype, shapes and
-        checksum.
-        """
+        """Move the file to where `kept` looks; notes beside it, written last, have dtype, shapes and checksum."""
         assert self.dtype is not None, "nothing was recorded"
         if self._resident and self.nbytes < sum(_size(shape, self.dtype) for shape in self.shapes):
             whole = Batches(self.path.with_suffix(".whole"))

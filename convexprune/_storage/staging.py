@@ -19,10 +19,7 @@ LONGEST = 1 << 12  # bytes of a marker
 
 
 def output_folder(given: str | Path, source: Any = None, *, is_staged: bool = True) -> Path:
-    """Return the folder for a result, its links followed, after all checks that need no work.
-
-    Unless `is_staged`, the result is written into the folder itself.
-    """
+    """Return the folder for a result, made beside it if `is_staged`, links followed, after all checks without work."""
     try:
         folder = Path(given).expanduser()
         model = Path(source).expanduser() if isinstance(source, str | Path) else None
@@ -180,10 +177,7 @@ class Staging:
         return self.new
 
     def publish(self, require: Callable[[Path], None] | None = None) -> None:
-        """Flush `new`, and put it in the place of the output.
-
-        What lies there is empty; or it passes `require`, which raises an error if not, and is removed.
-        """
+        """Flush `new`, and put it in the place of the output, which is empty, or passes `require` and is removed."""
         with writing(self.output):
             if self.new.is_dir():
                 flush(self.new)

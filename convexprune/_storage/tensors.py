@@ -82,10 +82,7 @@ class ChangedEntry(Entry):
 
 
 def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file; only the header is read.
-
-    Files that the library safetensors refuses are refused here.
-    """
+    """Return tensors and metadata by the header of a safetensors file; what the library refuses is refused here."""
     size, text = Stamp.of(path).size, read_header(path)
     try:
         specs, metadata = parse_header(text)

@@ -23,10 +23,7 @@ UNKNOWN: Any = ...  # of what was not tried, and a copy or pickle of it is itsel
 
 @dataclass(eq=False)
 class Cache:
-    """Values that do not depend on the anchor, computed at most once for all quadratics that differ only in the anchor.
-
-    None is not computed yet; `UNKNOWN` where None is a value.
-    """
+    """Values computed at most once for quadratics that differ only in the anchor; `UNKNOWN` where None is a value."""
 
     gram: Tensor
     precision: float  # the rounding error of the given tensors' dtype
