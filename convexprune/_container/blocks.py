@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from convexprune._container.layouts import stored_names
 from convexprune._runs.folder import BLOCKS
@@ -30,11 +31,15 @@ class Blocks:
     def nbytes(self) -> int:
         return self.entry.spec.nbytes // self.count
 
+    def read(self) -> Tensor:
+        """Return the bytes of the weight [m ...]."""
+        return self.entry.read().chunk(self.count)[self.number]
+
     def decoded(self, spec: Spec) -> Iterator[bytes]:
         """Yield the bytes of the weight [m n] of a spec, as a checkpoint stores it."""
         gguf = _library()
         kind, dtype = gguf.GGMLQuantizationType[self.grid.upper()], DTYPES[spec.code]
-        data = self.entry.read().chunk(self.count)[self.number]
+        data = self.read()
         if len(data) != spec.shape[0]:
             raise ValueError(f"{len(data)} rows of blocks for {spec.shape[0]} of a weight")
         for rows in data.split(max(1, ROWS // spec.shape[1])):

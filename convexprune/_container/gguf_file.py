@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convexprune._container.blocks import Blocks, beside
 from convexprune._container.file import is_packed
 from convexprune._container.folder import source_files, source_tensors, weight_files
 from convexprune._container.gguf_model import GGUFModel, write_tokenizer
-from convexprune._container.layouts import Size
+from convexprune._container.layouts import Size, stored_names
 from convexprune._container.provenance import holds_report, unchanged
 from convexprune._progress import begin
 from convexprune._runs.folder import BLOCKS, REPORT, RunFolder
@@ -39,12 +40,10 @@ def blocks_of(grid: Grid) -> Block:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A grid, and if it is a block grid, the bytes of an operator of which one is `number` of `count` equal parts."""
+    """A grid, and if it is a block grid, the bytes of the weight."""
 
     grid: Codebook
-    blocks: Entry | None
-    number: int = 0
-    count: int = 1
+    blocks: Blocks | None
 
     @property
     def type(self) -> gguf.GGMLQuantizationType:
@@ -54,7 +53,7 @@ class Quantized:
     def read(self, tensor: Tensor) -> Tensor:
         """Return the bytes [m ...] of a stored weight [m n]."""
         if self.blocks is not None:
-            return self.blocks.read().chunk(self.count)[self.number]
+            return self.blocks.read()
         assert isinstance(self.grid, Grid)
         step, codes, _ = self.grid.find(tensor)
         blocks = blocks_of(self.grid)
@@ -148,7 +147,7 @@ def _same(head: Entry, embedding: Entry | None) -> bool:
 def _quantized(model: GGUFModel, folder: Path, report: Report) -> dict[Place, Quantized]:
     """Return what a run has quantized such that a file can have it, by its places in the file."""
     quantized = dict[Place, Quantized]()
-    blocks = entries(folder / BLOCKS)[0] if (folder / BLOCKS).is_file() else {}
+    blocks = beside(folder / BLOCKS)
     grids = {operator.name: parse_pattern(operator.pattern).grid for operator in report.operators}
     tensors: Mapping[str, list[Any]] = report.sized["tensors"] if report.sized else {}
     grids |= {name: make_grid(kind) for name, kind in report.ends.items()}
@@ -156,14 +155,12 @@ def _quantized(model: GGUFModel, folder: Path, report: Report) -> dict[Place, Qu
     for name, grid in grids.items():
         if grid is None or "gguf" not in grid.layouts:
             continue
-        if not isinstance(grid, Grid) and name not in blocks:
-            mend = (
-                "Copy or prune the model again" if blocks else "Prune to a folder: a result in memory keeps no blocks"
-            )
-            raise ModelError(f"{folder}: {BLOCKS} has no {name}. {mend}.")
-        found = model.operator(name)
-        for number, place in enumerate(found):
-            quantized[place] = Quantized(grid, blocks.get(name), number, len(found))
+        for stored in (f"{own}.weight" for own in stored_names(name)):
+            if not isinstance(grid, Grid) and stored not in blocks:
+                mend = "Copy or prune the model again"
+                mend = mend if blocks else "Prune to a folder: a result in memory keeps no blocks"
+                raise ModelError(f"{folder}: {BLOCKS} has no {name}. {mend}.")
+            quantized[model.place(stored)] = Quantized(grid, blocks.get(stored))
     return quantized
 
 
