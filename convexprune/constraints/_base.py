@@ -86,7 +86,8 @@ class Constraint(ABC):
 
     def ladder(self, reach: float, step: float) -> list["Constraint"]:
         """Return choices around this constraint, with shares up to `reach` from its own, the largest share last."""
-        shares = shares_around(self.sparsity, reach, step) if self.continuous else ()
+        spread = self.continuous and self.removes is None  # else all layers keep the same width
+        shares = shares_around(self.sparsity, reach, step) if spread else ()
         return [self.with_share(share) for share in shares] or [self]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convexprune._device.select import kth_smallest
-from convexprune.constraints._base import Constraint, Mask, Quota
+from convexprune.constraints._base import Mask, Quota
 from convexprune.constraints._budget import (
     Budget,
     check_share,
@@ -144,10 +144,6 @@ class Channels(Columns):
                 f"{shares if most else 'none'}; with a lower multiple than {self.multiple} others, as channels:1."
             )
 
-    def ladder(self, reach: float, step: float) -> list[Constraint]:
-        """Return only this constraint: all layers keep the same width."""
-        return [self]
-
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         if first:
             raise PatternError(f"Pattern {self} is decided at once, not in blocks of columns.")
@@ -175,9 +171,6 @@ class Heads(Columns):
         if columns == 1:
             raise PatternError("All query heads share one KV head, and none can go. Pattern 'channels' removes others.")
         check_some(self.sparsity, columns, "KV groups of heads")
-
-    def ladder(self, reach: float, step: float) -> list[Constraint]:
-        return [self]
 
 
 @dataclass(frozen=True)
