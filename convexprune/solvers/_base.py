@@ -146,19 +146,12 @@ class Solution(Shown):
 
 
 class StepResult(NamedTuple):
-    """A weight on the way to a solution.
+    """A weight on the way to a solution."""
 
-    Args:
-        weight: V [m n].
-        residual: the quadratic's residual at V [m n], if known.
-        products: number of matrix products.
-        solution: the weight with its certificate, if certified.
-    """
-
-    weight: Tensor
-    residual: Tensor | None
-    products: int
-    solution: Solution | None = None
+    weight: Tensor  # V [m n]
+    residual: Tensor | None  # of the quadratic at V [m n], if known
+    products: int  # number of matrix products
+    solution: Solution | None = None  # the weight with its certificate, if certified
 
 
 class AbstractSolver(ABC):
@@ -237,15 +230,16 @@ def run(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, c
 
 
 def certified(
-    problem: Problem, weight: Tensor, said: Status, tolerance: float, made: tuple[int, int], began: float,
+    problem: Problem, weight: Tensor, said: list[Status], tolerance: float, made: list[tuple[int, int]], began: float,
     precise: bool = True, residual: Tensor | None = None,
 ) -> Solution:  # fmt: skip
-    """Return the solution with a certificate for each problem side by side, after `made` iterations and products."""
+    """Certify each problem side by side: with status and (iterations, products) of each, or single ones of all."""
     certificates = certify_each(problem, weight, precise, residual)
-    seconds = (time.perf_counter() - began) / len(certificates)
+    count, seconds = len(certificates), (time.perf_counter() - began) / len(certificates)
+    said, made = (said * count)[:count], (made * count)[:count]
     parts = [
-        Solution(part, Status.of(said, certificate, tolerance), certificate, *made, seconds)
-        for part, certificate in zip(weight.chunk(len(certificates)), certificates, strict=True)
+        Solution(part, Status.of(says, certificate, tolerance), certificate, *own, seconds)
+        for part, certificate, says, own in zip(weight.chunk(count), certificates, said, made, strict=True)
     ]
     return Solution.together(parts, weight, residual)
 

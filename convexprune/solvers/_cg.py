@@ -11,8 +11,7 @@ from convexprune._device.kernels import fused
 from convexprune._device.precision import product
 from convexprune._setting_types import Count, NotNegative, Whole
 from convexprune.core import AbstractPenalty, Problem, Quadratic, Support
-from convexprune.core._certificate import certify_each
-from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty
+from convexprune.solvers._base import AbstractSolver, Solution, Status, certified, initial, require_penalty
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ class ConjugateGradient(AbstractSolver):
             iterations += 1
         weight = weight if scale is None else weight / scale
         made = [ended.get(i, iterations) for i in range(len(q.totals(value)))]
-        return self._solution(problem, weight, made, began)
+        said = [Status.SOLVED if each < self.max_iterations else Status.ITERATION_LIMIT for each in made]
+        return certified(problem, weight, said, self.tolerance, [(each, each + 2) for each in made], began)
 
     def _done(self, q: Quadratic, residual: Tensor, gain: Tensor, value: Tensor, going: Tensor) -> list[bool]:
         """Decide by problem: no row is `going` on [m], or the gap is small; not tested after a large `gain`."""
@@ -99,17 +99,6 @@ class ConjugateGradient(AbstractSolver):
             gaps = zip(q.totals(q.inverse_form(residual)), enough, near, strict=True)
             near = [now and gap <= most for gap, most, now in gaps]
         return [before or now for before, now in zip(idle, near, strict=True)]
-
-    def _solution(self, problem: Problem, weight: Tensor, made: list[int], began: float) -> Solution:
-        """Return the certified solution; `made` counts iterations by problem."""
-        certificates = certify_each(problem, weight)
-        seconds = (time.perf_counter() - began) / len(made)
-        parts = []
-        for part, certificate, iterations in zip(weight.chunk(len(made)), certificates, made, strict=True):
-            said = Status.SOLVED if iterations < self.max_iterations else Status.ITERATION_LIMIT
-            status = Status.of(said, certificate, self.tolerance)
-            parts.append(Solution(part, status, certificate, iterations, iterations + 2, seconds))
-        return Solution.together(parts, weight)
 
 
 @fused

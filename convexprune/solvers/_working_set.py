@@ -72,7 +72,7 @@ class WorkingSet(AbstractByRow):
             rows = Rows.of(problem, weight)
             status, rounds, products = self._rounds(rows, quadratic.gram, weight)
         weight = problem.penalty.prox((weight / unit).to(problem.quadratic.cross), 0.0)
-        return certified(problem, weight, status, self.tolerance, (rounds, products), began)
+        return certified(problem, weight, [status], self.tolerance, [(rounds, products)], began)
 
     def _rounds(self, rows: "Rows", gram: Tensor, weight: Tensor) -> tuple[Status, int, int]:
         """Write the rows' answers into `weight` [m n], and return status, rounds and products."""
@@ -199,12 +199,7 @@ def _alike(sizes: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _on_set(
     gram: Tensor, weight: Tensor, residual: Tensor, strength: Tensor, lower: Tensor, upper: Tensor, tolerance: Tensor
 ) -> Tensor:
-    """Return the answers [e k] of e problems of k weights with the Gram matrices [e k k].
-
-    Args:
-        residual: at `weight` [e k].
-        tolerance: of the proximal gradient step, over the strength [e 1].
-    """
+    """Return the answers [e k] of e problems with the Gram matrices [e k k], and the `residual` at `weight` [e k]."""
     answers, places = weight.clone(), torch.arange(len(weight), device=weight.device)
     for _ in range(NEWTON_STEPS):
         weight, residual = _newton_step(gram, weight, residual, strength, lower, upper)
