@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convexprune._layerwise.capture import Recorded, through
 from convexprune._layerwise.context import LayerContext, recorded
-from convexprune._layerwise.model import DecoderLayer
+from convexprune._layerwise.model import DecoderLayer, put_back
 from convexprune._layerwise.settings import LayerSettings, Stream
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerCalls, LayerStep, LayerWalk
@@ -108,7 +108,7 @@ class Comparison:
 
         def step(context: LayerContext) -> None:
             with ExitStack() as until_the_next:
-                (until_the_end if self._tasks else until_the_next).enter_context(_put_back(context.layer))
+                (until_the_end if self._tasks else until_the_next).enter_context(put_back(context.layer.operators))
                 layers.append(self._pruned(context, settings))
                 self._through_texts(context)
 
@@ -202,16 +202,6 @@ class Watched(AbstractPruner):
         """Return products [m n] x [n n] of whole stacks, which all reports of a group repeat, as a mean over groups."""
         leaders = {f"{layer.name}.{group.operators[0].name}" for group in layer.groups}
         return (sum(r.products for r in reports if r.name in leaders) - self.surplus) / max(1, len(leaders))
-
-
-@contextmanager
-def _put_back(layer: DecoderLayer) -> Iterator[None]:
-    before = {operator: operator.read().clone() for operator in layer.operators}
-    try:
-        yield
-    finally:
-        for operator, weight in before.items():
-            operator.write(weight)
 
 
 def _stream(text: str) -> str:

@@ -90,6 +90,9 @@ class Variant:
             error_target=target,
         )
 
+    def layer_settings(self) -> LayerSettings:
+        return self.recipe().layer_settings()
+
 
 def make_variants(
     methods: Sequence[str],
@@ -125,7 +128,7 @@ def make_variants(
         for allocation in own.get("allocation", allocations)
     }
     for variant in variants:
-        variant.recipe().layer_settings()
+        variant.layer_settings()
     if not variants:
         raise RecipeError("There is nothing to compare: name at least one method, sparsity, pattern and convention.")
     return list(variants)
@@ -187,7 +190,7 @@ def _own(method: str) -> str:
 
 def layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
     """Return layer settings by variant. After a removal only operators that read the removed parts are pruned."""
-    settings = {variant.name: variant.recipe().layer_settings() for variant in variants}
+    settings = {variant.name: variant.layer_settings() for variant in variants}
     patterns = {name: each.pattern for name, each in settings.items()}
     if narrows := [pattern for pattern in patterns.values() if pattern.removes]:
         if len({pattern.removes for pattern in patterns.values()}) > 1:

@@ -8,7 +8,7 @@ from itertools import chain
 from torch import Tensor
 
 from convexprune._layerwise.capture import CachedSubmodule, Calls, ErrorTarget, Observed, Recorded, observe, through
-from convexprune._layerwise.model import AbstractModel, AbstractOperator, DecoderLayer, Group
+from convexprune._layerwise.model import AbstractModel, AbstractOperator, DecoderLayer, Group, put_back
 from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.statistics import CalibrationStatistics
@@ -74,14 +74,10 @@ class LayerContext:
     def with_dense(self, groups: Iterable[Group]) -> Iterator[None]:
         """Give operators of some groups their dense weights during the context."""
         operators = [operator for group in groups for operator in group.operators if operator in self.dense]
-        edited = {operator: operator.read().clone() for operator in operators}
-        for operator in edited:
-            operator.write(self.dense[operator])
-        try:
+        with put_back(operators):
+            for operator in operators:
+                operator.write(self.dense[operator])
             yield
-        finally:
-            for operator, weight in edited.items():
-                operator.write(weight)
 
     def begin_pass(self, prefix: Stream, edits: bool) -> None:
         """Forget inputs x* of earlier passes, unless they stay: in the first stage, or before any edit."""

@@ -1,7 +1,7 @@
 """The interface of language models: no transformers, no architecture."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -45,6 +45,17 @@ class AbstractOperator(ABC):
         """Store `weight` [m n], rounded to the dtype of the model."""
 
 
+@contextmanager
+def put_back(operators: Iterable[AbstractOperator]) -> Iterator[None]:
+    """Give operators their weights back after the context."""
+    before = {operator: operator.read().clone() for operator in operators}
+    try:
+        yield
+    finally:
+        for operator, weight in before.items():
+            operator.write(weight)
+
+
 class InputHook(Protocol):
     """Inside the context of hook(heard), heard(inputs [... n]) is called with the inputs of the operators."""
 
@@ -84,11 +95,7 @@ def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Operators with a common input: a Gram matrix, a stacked problem.
-
-    Token-aligned: the dense and the pruned layer send the same tokens here, so that an operator can correct earlier
-    errors by token. False behind a router.
-    """
+    """Operators with a common input; not token-aligned behind a router, where the pruned layer sends other tokens."""
 
     operators: tuple[AbstractOperator, ...]
     input_hook: InputHook
