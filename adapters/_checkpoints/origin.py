@@ -119,11 +119,7 @@ def cast_back(model: Any, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class OriginalState:
-    """The state of a `model` before a run: modes of modules, parameters that ask for gradients, changed `layers`.
-
-    Compiled modules run as they are written until then, because compiled ones call no hooks. Layers are copied to
-    the CPU.
-    """
+    """The state of a `model` before a run; compiled modules, which call no hooks, run as written until then."""
 
     def __init__(self, model: nn.Module) -> None:
         self._training = [module for module in model.modules() if module.training]

@@ -21,11 +21,7 @@ UNKNOWN = "no known linear map"
 
 @dataclass(frozen=True)
 class Place:
-    """The place of an operator's weight in a decoder layer; equal layers have equal places.
-
-    The parameter `parameter` of the submodule `module` holds W [m n]; or W' [n m] if `transposed` (GPT-2's Conv1D); or
-    several matrices, of which W is number `index` (the experts of transformers 5).
-    """
+    """Where a layer has W [m n]: in `parameter` of `module`, as W' if `transposed`, as matrix `index` of several."""
 
     module: str
     parameter: str = "weight"
@@ -125,10 +121,7 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _hand_back(module: nn.Module, parameter: str, value: Tensor) -> None:
-    """Give accelerate the new value to load before every forward pass; a file is never written to.
-
-    accelerate's store is nested: prefixes around a mapping, or around a loader whose `state_dict` goes before files.
-    """
+    """Give accelerate the new value to load before every pass: into its nested stores, never into a file."""
     kept: Any = offloaded(module)
     name = parameter
     while not isinstance(kept, MutableMapping):

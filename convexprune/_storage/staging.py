@@ -92,17 +92,11 @@ def remove(path: Path) -> None:
 
 
 class Staging:
-    """Hidden folder `.NAME.part` in which an output folder `NAME` is made.
-
-    A marker inside names the output. Without the marker the place is someone else's: nothing is written or removed.
-
-    Args:
-        output: the output folder, as `output_folder` returned it.
-        resumed_by: the command that goes on with what a process left here when it was killed. Empty: nobody does.
-    """
+    """Hidden folder `.NAME.part` in which an output `NAME` is made; it is someone else's without a marker inside."""
 
     def __init__(self, output: Path, resumed_by: str = "") -> None:
-        self.output, self.resumed_by = output, resumed_by
+        self.output = output  # as `output_folder` returned it
+        self.resumed_by = resumed_by  # the command that goes on with what a killed process left; empty: none
         self.place = output.parent / f".{output.name}.part"
         self.new, self.old = self.place / "new", self.place / "old"
 
