@@ -21,7 +21,7 @@ UNKNOWN = "no known linear map"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer has W [m n]: in `parameter` of `module`, as W' if `transposed`, as matrix `index` of several."""
+    """The place of W [m n]: `parameter` of `module` holds it, as W' if `transposed`, as number `index` of several."""
 
     module: str
     parameter: str = "weight"

@@ -48,24 +48,22 @@ def compare(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
     settings.pop("seeds", None)
     settings["command"] = shlex.join(["convexprune", *sys.argv[1:]])
     with working(quiet, output, "compare"):
+        from convexprune import validation
         from convexprune._storage.staging import output_folder
         from convexprune.validation import _results as results
         from convexprune.validation import _samples as samples
-        from convexprune.validation import compare as compare_sample
-        from convexprune.validation import compare_samples
-        from convexprune.validation._results import will_draw
 
         output = output_folder(output, model)
         settings |= {"model": model, "output": output}
         if len(seeds) == 1:
-            result, table = compare_sample(**settings, seed=seeds[0]), results.table
+            result, table = validation.compare(**settings, seed=seeds[0]), results.table
         else:
-            result, table = compare_samples(**settings, seeds=seeds), samples.table
+            result, table = validation.compare_samples(**settings, seeds=seeds), samples.table
     if as_json:
         print_json(result | {"output_dir": str(output.resolve())})
         return
     show(table(result))
-    if asked.plots is None and not will_draw(None):
+    if asked.plots is None and not results.will_draw(None):
         console.print(f"No plots were drawn: that needs matplotlib ({install_hint('plot')}).")
     console.print(f"The results, report.md first: {output.resolve()}", soft_wrap=True)
 

@@ -131,8 +131,11 @@ def _multiplied(a: Tensor, b: Tensor, format: Format) -> Tensor:
     if format == "bf16x3":
         (high_a, low_a), (high_b, low_b) = _split(a), _split(b)
         return wide_product(low_a, high_b).add_(wide_product(high_a, low_b)).add_(wide_product(high_a, high_b))
+    if format == "tf32" and is_host(a.device):
+        return _rounded(a) @ _rounded(b)
     if format == "tf32":
-        return _rounded(a) @ _rounded(b) if is_host(a.device) else _in_tf32(a, b)
+        with restored(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"):
+            return a @ b
     return _times(a, b)
 
 
@@ -173,11 +176,6 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 def _rounded(a: Tensor) -> Tensor:
     """Round to the 10 explicit bits of TF32."""
     return ((a.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-def _in_tf32(a: Tensor, b: Tensor) -> Tensor:
-    with restored(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"):
-        return a @ b
 
 
 # ---- products of 16 bits on a CPU without instructions for 16 bits: in float32, rounded at the end
