@@ -170,7 +170,12 @@ def _through(layer: DecoderLayer, call: Call, hidden: Tensor) -> Channels:
 
 
 def _with_vectors(layer: DecoderLayer, call: Call, hidden: Tensor, vectors: Sequence[Axis]) -> Channels | None:
-    """Return the axes, found by stage, with hidden states in a new order; None if the layer's function changes."""
+    """Return the axes found by stage, with hidden states and known parts of the layer in a new order.
+
+    If a group's inputs then have the new order, its columns get the new order; if they are unchanged, its rows do if
+    there are as many, because its outputs are added to the hidden states. None in all further cases, or if the
+    layer's function changes.
+    """
     size = hidden.shape[-1]
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(hidden.device)
     expected = call(layer.module, hidden)

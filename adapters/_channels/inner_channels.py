@@ -77,7 +77,11 @@ def _in_experts(
 def _coupled(
     layer: DecoderLayer, group: Group, earlier: Sequence[AbstractOperator], call: Call, hidden: Tensor, size: int
 ) -> dict[tuple[int, ...], list[Source]]:
-    """Return, by block of `size` inputs of the group, the outputs of earlier operators that reach them singly."""
+    """Return, by block of `size` inputs of the group, the outputs that reach these inputs singly.
+
+    An operator may have more outputs per block: keys beside values, as in MLA. Or outputs that reach an input stand
+    side by side: a gate and its value, as in gpt-oss.
+    """
     found: dict[tuple[int, ...], list[Source]] = {}
     blocks, rest = divmod(group.operators[0].shape[1], size)
     for operator in earlier if not rest else ():

@@ -29,7 +29,11 @@ MatmulHook = Callable[[Product], Callable[[Tensor], Tensor] | None]
 
 @dataclass(frozen=True, eq=False)
 class FusedExperts:
-    """A `module` with fused experts [number rows columns], and the `hooks` on their products, under None on all."""
+    """A `module` with fused experts, parameters [number rows columns], and the `hooks` on their products.
+
+    All hooks of a module share an object, so that a forward pass is observed once, however many experts there are.
+    Hooks under the key None are called with every product.
+    """
 
     module: nn.Module
     hooks: dict[ExpertIndex | None, list[MatmulHook]] = field(default_factory=dict)

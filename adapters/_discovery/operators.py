@@ -21,7 +21,11 @@ UNKNOWN = "no known linear map"
 
 @dataclass(frozen=True)
 class Place:
-    """The place of W [m n]: `parameter` of `module` holds it, as W' if `transposed`, as number `index` of several."""
+    """The place of an operator's weight in a decoder layer; equal layers have equal places.
+
+    The parameter `parameter` of the submodule `module` holds W [m n]; or W' [n m] if `transposed` (GPT-2's Conv1D); or
+    several matrices, of which W is number `index` (the experts of transformers 5).
+    """
 
     module: str
     parameter: str = "weight"
@@ -121,7 +125,10 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _hand_back(module: nn.Module, parameter: str, value: Tensor) -> None:
-    """Give accelerate the new value to load before every pass: into its nested stores, never into a file."""
+    """Give accelerate the new value to load before every forward pass; a file is never written to.
+
+    accelerate's store is nested: prefixes around a mapping, or around a loader whose `state_dict` goes before files.
+    """
     kept: Any = offloaded(module)
     name = parameter
     while not isinstance(kept, MutableMapping):

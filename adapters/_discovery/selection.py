@@ -31,7 +31,12 @@ def left_alone(
     ignore: Sequence[str],
     because: str = "not among the targets of the recipe",
 ) -> dict[str, str]:
-    """Return the reason for every matrix of a model that is not pruned, by patterns as of `matcher`, or "Linear"."""
+    """Return the reason for every matrix of a model that is not pruned.
+
+    A pattern is a name or its last parts ("model.layers.3.self_attn.q_proj", "self_attn.q_proj", "q_proj"; "down_proj"
+    also for all experts "mlp.experts.down_proj.0" and so on); a class ("Linear" is every linear map); or "re:" and a
+    regular expression for the beginning of a name that is whole, relative to the layer, or the last part.
+    """
     shared = ties(model)
     names: dict[str, tuple[str, ...]] = {}
     reasons: dict[str, str] = {}
@@ -99,7 +104,11 @@ def unknown_maps(left: Iterable[tuple[str, str]], model: PreTrainedModel, layers
 
 
 def ties(model: PreTrainedModel) -> dict[str, str]:
-    """Return, by parameter that overlaps another in memory, that one: families tie different parameters."""
+    """Return, by parameter that shares memory, the name of a parameter with the same memory.
+
+    Memory decides, not names, because families tie different parameters. Overlap counts: separate pieces of a storage
+    are not tied. A tensor without memory shares only itself.
+    """
     spans = sorted((*_span(p), name) for name, p in model.named_parameters(remove_duplicate=False))
     partners: dict[str, str] = {}
     holder = ("", 0, 0, "")  # of the spans so far, the one that reaches farthest

@@ -58,7 +58,13 @@ def load(
     stream: bool = False,
     allow_changed: bool = False,
 ) -> HuggingFaceModel:
-    """Load a model for pruning, a loaded one in place; with `stream` its layers stay on the disk, if they can."""
+    """Load a model of Hugging Face transformers for pruning.
+
+    A loaded model is used and moved in place, not copied; a model placed by accelerate stays in place. A folder without
+    a tokenizer is accepted for calibration with token ids. With `stream`, decoder layers stay on the disk until needed,
+    if the checkpoint allows streaming: safetensors with the model's tensors. Otherwise the model is loaded whole, with
+    the reason in `whole_because`.
+    """
     chosen: dict[str, Any] = {"targets": targets, "ignore": ignore}
     if isinstance(source, PreTrainedModel):
         refuse_quantized(source.config)

@@ -101,7 +101,12 @@ def _either(mixture: Mixture, block: nn.Module, fewer: Callable[..., Any], numbe
 
 
 def find_experts(model: HuggingFaceModel, pattern: Constraint) -> ExpertRemoval:
-    """Find the experts that can go: a setting counts them and nothing else, and two of them may change places."""
+    """Find the removable experts of a dense model's mixtures.
+
+    The setting with their number is found by its value, and tried: a model built without memory with one expert less
+    may differ only in tensors with a part per expert. That the parts are experts is tried, too: two experts in
+    exchanged places compute the same.
+    """
     sizes = _numbers(model)
     if not sizes:
         raise ModelError(f"{model.name} has no mixture of experts. Patterns 'channels' and 'layers' make it smaller.")

@@ -200,7 +200,12 @@ def experts_to_remove(
     count: int,
     record: Making,
 ) -> dict[str, list[int]]:
-    """Return the experts to remove by mixture, of the lowest scores; "output" exchanges while the error falls."""
+    """Return the numbers of the experts to remove by mixture, judged on ids [samples length] in the dense model.
+
+    "reap": the lowest scores of REAP. "output": starting from these, removed and remaining experts are exchanged as
+    long as the error of the block's output falls. Beside a mixture stands its block with the remaining number of
+    experts.
+    """
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     here = {mixture.layer: (mixture, small) for mixture, small in mixtures}
     found, report = dict[str, list[int]](), begin("choosing experts", len(here))

@@ -87,7 +87,11 @@ class Narrowing(base.AbstractRemoval):
 
 
 def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
-    """Find the channels that a pattern removes: with a new value of a setting exactly their parameters shrink."""
+    """Find the channels of a dense model that a pattern removes: inside MLPs and experts, by experiment.
+
+    The setting with their number is found by its value, and tried: the model is built without memory with a new value,
+    and exactly the parameters of the channels have to shrink.
+    """
     whole = [one for one in inner_channels(model) if len(one.consumers) == 1 and "[" not in one.name]
     if not whole:
         raise ModelError(f"{model.name}: no channels between two operators are to be found that could be removed.")

@@ -32,7 +32,12 @@ LEAST = 8  # layers that a round tries, if there are as many
 def layers_to_remove(
     model: HuggingFaceModel, windows: Tensor, score: Score, allowed: Iterable[int], count: int, record: base.Making
 ) -> list[int]:
-    """Return the layers to remove: in turn by "divergence", or at once by "influence" (arXiv 2403.03853)."""
+    """Return the numbers of the layers to remove, judged on ids [samples length].
+
+    "divergence": in turn, remove the layer without which the predictions are nearest to the dense predictions, given
+    earlier removals; first all layers are tried, then the better half of the last trial. "influence": remove layers
+    with the least 1 - mean cos(h, h'), which is ShortGPT (arXiv 2403.03853).
+    """
     if score == "influence":
         found = influences(model, windows, record)
         return sorted(allowed, key=found.__getitem__)[:count]
@@ -170,7 +175,12 @@ class Shortening(base.AbstractRemoval):
 
 
 def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
-    """Find the layers that can go: they are residual, and a configuration has exactly the others, without each."""
+    """Find the removable decoder layers of a dense model.
+
+    A layer is removable if it does nothing once all of its parameters are zero, and if a model built without memory
+    with one layer less has exactly the remaining layers: every layer is tried. Settings with an entry per layer lose
+    the entry; numbers of layers are shifted.
+    """
     count, left = len(model.layers), pattern.width(len(model.layers))
     check_some(pattern.sparsity, count, "decoder layers")
     _require_residual(model)

@@ -43,7 +43,11 @@ def replaying(cached: Mapping[CachedSubmodule, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def find_cached_submodules(layer: DecoderLayer, samples: int, found: dict[Group, CachedSubmodule]) -> Iterator[None]:
-    """Find, in a pass of the dense layer, the outermost modules that return the very output of a linear map."""
+    """Find cached submodules during a pass of the dense layer with `samples` windows, and fill `found` afterwards.
+
+    No architecture is assumed: the output of the module has to be the output of the linear map, as an object and
+    unwritten, and both have to be called once. The outermost such module is taken.
+    """
     looks = {group: _Look(linear, around, samples) for group, linear, around in _candidates(layer)}
     with ExitStack() as hooks:
         for look in looks.values():
@@ -127,7 +131,11 @@ def observe(
     record: Callable[[], Recorded] = list,
     error_targets: Collection[ErrorTarget] = ("operator",),
 ) -> Observed:
-    """Run the dense layer over all batches, and record what is compared; the first also shows the shortcuts."""
+    """Run the dense layer over all batches [batch tokens hidden]; the first also shows the shortcuts.
+
+    The record takes tokens times the widths of the stages. For the error target "residual_stream" alone, the inputs
+    of the closing group are not kept.
+    """
     closing = layer.groups[-1:] if "residual_stream" in error_targets else []
     last_branch = next((group for group in closing if is_last_branch(layer, group, calls, batches)), None)
     asked = [g for g in layer.groups if g.token_aligned and (g is not last_branch or "operator" in error_targets)]
@@ -154,7 +162,12 @@ def put_away(tensor: Tensor, place: Recorded) -> None:
 
 
 def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:
-    """Return True if the layer's output is that of `group` added to the rest, bit for bit on the first batch."""
+    """Return True if the layer's output is the output of `group`, alone in the last stage, added to the rest.
+
+    No architecture is assumed: with zeros in place of the group's output the layer has to give a rest that adds up
+    with the output to the layer's output, bit for bit, on the first batch. False if a norm follows the group (Gemma
+    2).
+    """
     if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.token_aligned or not batches:
         return False
     call, batch = calls(batches[0]), batches[0]

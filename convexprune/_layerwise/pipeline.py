@@ -150,7 +150,12 @@ class AbstractStackStep(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """The steps of a layer, in order: those on stacks share a pass, and one on the whole layer ends it."""
+    """The steps of a decoder layer, in order.
+
+    A pass over the stages gathers statistics of a stage after the present earlier stages. Consecutive steps on
+    stacks share a pass, which holds statistics of a single stage. A step on the whole layer may move any weight, so
+    the next pass gathers new statistics.
+    """
 
     settings: LayerSettings
     steps: Sequence[AbstractLayerStep | AbstractStackStep]

@@ -19,7 +19,11 @@ from convexprune.errors import ModelError
 
 
 class CorrectionTargets:
-    """Errors that `groups` of a dense `layer` have to correct, by batch; see `LayerSettings.error_target`."""
+    """Errors that `groups` of a stage, whose inputs the pruned layer changes, have to correct, by batch.
+
+    `observed` has the observations of the dense `layer`, in which these groups still have dense weights. See
+    `LayerSettings.error_target`.
+    """
 
     def __init__(
         self, groups: Iterable[Group], layer: DecoderLayer, observed: Observed, settings: LayerSettings
@@ -111,7 +115,12 @@ Statistics = Mapping[Group, CalibrationStatistics]
 
 @torch.no_grad()
 def stage_statistics(context: LayerContext, settings: LayerSettings, number: int) -> Iterator[Statistics]:
-    """Yield the statistics of a stage in parts, of experts as many as have room for their moments."""
+    """Yield the statistics of the groups of stage `number`, in parts.
+
+    The experts of a stage come in parts, as many as have room for their moments. An expert with fewer tokens than
+    inputs borrows tokens of all experts (`shrink_towards`); its report says so. Groups with known inputs need no pass
+    through the layer. Inputs of this stage are added, if a later pass can be replayed.
+    """
     if number == 0 and context.first:
         yield context.first
         return

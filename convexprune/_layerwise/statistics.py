@@ -100,7 +100,11 @@ class CalibrationStatistics:
         return self._held_out
 
     def shrink_towards(self, others: "CalibrationStatistics") -> None:
-        """Fill tokens that an expert lacks, fewer than inputs, with the mean moments of `others`."""
+        """Fill missing tokens of an expert with tokens of all experts.
+
+        With fewer tokens than inputs a Gram matrix is singular, and an expert without a token has none. So the mean
+        moments of `others` are added, with the weight of the tokens missing to a token per input.
+        """
         lacking = self.halves[0].width - self.tokens
         if lacking <= 0 or not others.tokens:
             return

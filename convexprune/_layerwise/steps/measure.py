@@ -45,7 +45,11 @@ Posed = tuple[LayerProblem, Tensor, Damping, Tensor | None]
 
 
 def sampled_bounds_of_all(stacks: Sequence[Posed], rows: int) -> list[list[dict[str, float] | None]]:
-    """Return quick bounds on the pruner's objective by stack and operator, of the same rows in every run."""
+    """Return quick bounds by stack and operator for `rows` rows, the same rows in every run.
+
+    The error is the pruner's objective: mean |V x* - target|^2, plus the damping (see `OperatorReport`). More rows
+    are drawn for whole columns (`rows_to_bound`). None without a request, without pruning, or for wide operators.
+    """
     drawn = [_drawn(*stack, rows) for stack in stacks]
     method = replace(QUICK, rounds=0) if stacks[0][1].shape[1] > WIDE else QUICK
     found = chain.from_iterable(method.of_all([posed for posed, _ in drawn if posed is not None]))

@@ -21,7 +21,11 @@ from convexprune.constraints import Grid
 
 @dataclass(frozen=True, eq=False)
 class Refine(AbstractLayerStep):
-    """Move kept values, or scales, of all operators together, or first of attention; held-out windows choose."""
+    """Move the kept values, or the scales, of all operators of a layer together, or first those of its attention.
+
+    Masks and codes stay. Held-out windows choose among the candidates and the weights from before; without such
+    windows, the calibration windows do.
+    """
 
     settings: LayerSettings
     refinement: Refinement
@@ -53,7 +57,9 @@ class Refine(AbstractLayerStep):
 
 
 def _errors(context: LayerContext, settings: LayerSettings, halves: bool) -> Iterator[LayerError]:
-    """Yield the error of all values; or by half, of the outputs of attention, and then of the layer's by the rest."""
+    """Yield the error of all values; or by half, if a submodule can be replayed, attention as a rule: of the
+    submodule's outputs, and then of the layer's by the rest.
+    """
     inputs, dense, outputs = context.inputs[settings.prefix], context.inputs["dense"], context.observed.outputs
     operators, device = dict(_movable(context, settings)), context.model.device
     last = context.layer.operators[-1].name if operators else ""
