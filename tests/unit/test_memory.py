@@ -1,5 +1,6 @@
 """The formulas of memory against torch's own count of what it allocates."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -56,11 +57,11 @@ class Matrix(AbstractOperator):
 
 def allocated(work: Callable[[], Any]) -> int:
     """The most bytes that were alive at once, beside those alive before."""
+    gc.collect()  # what earlier tests left would be freed in the middle, and counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-    profiler = seen.profiler  # its raw records: those of `seen.events()` take seconds to build
-    assert profiler is not None and profiler.kineto_results is not None
-    records = [each for each in profiler.kineto_results.events() if each.name() == "[memory]"]
+    raw: Any = seen.profiler  # its raw records: a trace, or `seen.events()`, takes seconds to build
+    records = [each for each in raw.kineto_results.events() if each.name() == "[memory]"]
     now = most = 0
     for record in sorted(records, key=lambda each: each.start_ns()):
         now += record.nbytes()
