@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from convexprune._layerwise.context import LayerContext, recorded
 from convexprune._layerwise.model import Call, DecoderLayer
@@ -171,6 +171,8 @@ class Shortening(base.AbstractRemoval):
         for number, (one, other) in enumerate(zip(kept, decoder_layers(shorter)[1], strict=True)):
             if _said_of(one) != _said_of(other):
                 return f"its layer {number} is of another kind"
+        if _counts_tokens(model) and not _counts_tokens(shorter):
+            return "without its last layer of attention it cannot generate"
         return None
 
 
@@ -205,6 +207,15 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
         f"{model.name}: {count - left} of its {count} decoder layers cannot go, for no configuration has the others "
         f"alone ({why}). Pattern 'channels' makes every layer narrower."
     )
+
+
+def _counts_tokens(model: PreTrainedModel) -> bool:
+    """Return True if transformers' cache can tell how many tokens it has; layers of linear attention do not know."""
+    try:
+        DynamicCache(config=model.config).get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 def _require_residual(model: HuggingFaceModel) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from runs import require_resumed
 from tiny_families import FAMILIES, TOKENS
 from torch import Tensor
@@ -19,6 +21,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 import convexprune
@@ -105,6 +108,17 @@ def test_what_a_configuration_says_of_each_layer_goes_with_it():
     shorter = find_shortening(model, Layers(0.4)).without([1, 3]).model(model)
     assert shorter.config.layer_types == [kinds[0], kinds[2], kinds[4]]
     torch.testing.assert_close(shorter(TOKENS).logits, logits_without(model, [1, 3]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.15"), reason="its cache counts tokens elsewhere")
+def test_the_last_layer_of_attention_stays():
+    """transformers' cache counts tokens in such a layer alone: without one, a saved model could not generate."""
+    sizes: dict[str, Any] = LLAMA | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    sizes |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3}
+    sizes |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "head_dim": 8}
+    sizes |= {"linear_value_head_dim": 8}
+    model = made(Qwen3NextConfig(**sizes, shared_expert_intermediate_size=16))
+    assert find_shortening(HuggingFaceModel(model), Layers(1 / 3)).allowed == (0, 2)
 
 
 def test_layers_that_depend_on_their_number_are_refused():
