@@ -45,7 +45,7 @@ FAULTS = {
     "one dtype": lambda of: of.update(cross=of["cross"].float()),
     "32 or 64 bits": lambda of: of.update({name: t.half() for name, t in of.items()}),
     "one of each at least": lambda of: of.update(gram=torch.zeros(0, 0), cross=torch.zeros(2, 0)),
-    "a str": lambda of: of.update(energy="none"),
+    "of type str": lambda of: of.update(energy="none"),
 }
 
 
