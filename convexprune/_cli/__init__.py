@@ -1,5 +1,7 @@
 """The command line: every command is thin over the Python function of the same name."""
 
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -27,6 +29,13 @@ def main() -> None:
         name = next(known.__name__ for known in type(error).mro() if known.__name__ in vars(errors))
         message = Text.assemble((name, "bold red"), f": {error}")
         Console(stderr=True).print(message, soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
+        why = f"{error.strerror}. What is printed could not be written; print to another place"
+        Console(stderr=True).print(f"OutputError: {why}.", soft_wrap=True, highlight=False)
         sys.exit(2)
 
 

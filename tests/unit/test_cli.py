@@ -106,6 +106,16 @@ def test_a_closed_output_loses_what_is_printed_and_nothing_else():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+@pytest.mark.parametrize("command", ["list", "--version"])
+def test_a_full_disk_that_is_printed_to_is_named(command: str):
+    done = subprocess.run(
+        ["bash", "-c", f"exec {sys.executable} -m convexprune {command} > /dev/full"], capture_output=True, text=True
+    )
+    said = "OutputError: No space left on device. What is printed could not be written; print to another place.\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_brackets_of_a_message_are_not_markup(folder: Path, monkeypatch, capsys):
     said = "needs Ray: pip install 'convexprune[ray]', or a tensor [windows tokens] [/x]"
 
