@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from convexprune._layerwise.context import LayerContext, recorded
 from convexprune._layerwise.model import Call, DecoderLayer
@@ -171,8 +172,6 @@ class Shortening(base.AbstractRemoval):
         for number, (one, other) in enumerate(zip(kept, decoder_layers(shorter)[1], strict=True)):
             if _said_of(one) != _said_of(other):
                 return f"its layer {number} is of another kind"
-        if _counts_tokens(model) and not _counts_tokens(shorter):
-            return "without its last layer of attention it cannot generate"
         return None
 
 
@@ -181,7 +180,7 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
 
     A layer is removable if it does nothing once all of its parameters are zero, and if a model built without memory
     with one layer less has exactly the remaining layers: every layer is tried. Settings with an entry per layer lose
-    the entry; numbers of layers are shifted.
+    the entry; numbers of layers are shifted. One layer stays that a hybrid model needs (`_needed`).
     """
     count, left = len(model.layers), pattern.width(len(model.layers))
     check_some(pattern.sparsity, count, "decoder layers")
@@ -193,10 +192,10 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
     per_layer = {n for n, values in every.items() if len(values) == count} - _fixed(config, count)
     lists = {n: values for n, values in every.items() if n in per_layer or _are_numbers(n, values, count)}
     names, settings = tuple(layer.name for layer in model.layers), base.settings_of(model)
-    why = "no setting has that number"
+    needed, why = _needed(config, count, count - left), "no setting has that number"
     for place in sorted(base.candidates(model, count), key=lambda place: "layer" not in place[-1]):
         allowed = list[int]()
-        for number in range(count):
+        for number in (number for number in range(count) if number not in needed):
             one = Shortening(names, 1, place, lists, removed=[number])
             wrong = one.why_not(model.model, one.configured(settings))
             why = wrong or why
@@ -209,13 +208,14 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
     )
 
 
-def _counts_tokens(model: PreTrainedModel) -> bool:
-    """Return True if transformers' cache can tell how many tokens it has; layers of linear attention do not know."""
-    try:
-        DynamicCache(config=model.config).get_seq_length()
-    except ValueError:
-        return False
-    return True
+def _needed(config: PretrainedConfig, count: int, going: int) -> list[int]:
+    """Return the last layer in which transformers' cache counts tokens, if all such could be among those `going`.
+
+    Linear attention counts none: a hybrid model without another layer cannot generate.
+    """
+    layers = enumerate(DynamicCache(config=config).layers)
+    counting = [number for number, layer in layers if isinstance(layer, CacheLayerMixin)]
+    return counting[-1:] if going >= len(counting) < count else []
 
 
 def _require_residual(model: HuggingFaceModel) -> None:

@@ -114,11 +114,16 @@ def test_what_a_configuration_says_of_each_layer_goes_with_it():
 def test_the_last_layer_of_attention_stays():
     """transformers' cache counts tokens in such a layer alone: without one, a saved model could not generate."""
     sizes: dict[str, Any] = LLAMA | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
-    sizes |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_hidden_layers": 3}
+    sizes |= {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4}
     sizes |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "head_dim": 8}
     sizes |= {"linear_value_head_dim": 8}
-    model = made(Qwen3NextConfig(**sizes, shared_expert_intermediate_size=16))
-    assert find_shortening(HuggingFaceModel(model), Layers(1 / 3)).allowed == (0, 2)
+    model = HuggingFaceModel(made(Qwen3NextConfig(**sizes, shared_expert_intermediate_size=16)))
+    assert find_shortening(model, Layers(0.25)).allowed == (0, 1, 2, 3)  # another one stays
+    found = find_shortening(model, Layers(0.5))
+    assert found.allowed == (0, 1, 2)
+    for gone in ([0, 1], [1, 2], [0, 2]):
+        shorter: Any = found.without(gone).model(model)
+        assert shorter.generate(TOKENS[:1], max_new_tokens=2).shape[1] == TOKENS.shape[1] + 2
 
 
 def test_layers_that_depend_on_their_number_are_refused():
