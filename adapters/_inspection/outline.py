@@ -69,7 +69,7 @@ class _QuickProducts(TorchDispatchMode):
     """Replace products with random weights by a sum that depends on every input, as discovery requires."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in PRODUCTS or args[-1].untyped_storage().nbytes() >= args[-1].nbytes:  # not of `_values`
+        if func not in PRODUCTS or not _overlaps(args[-1]):
             return func(*args, **(kwargs or {}))
         x, weight = args[-2:]
         inputs, outputs = weight.shape[-2:]
@@ -92,6 +92,10 @@ def _values(like: Tensor, generator: torch.Generator) -> Tensor:
     length = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, strides, strict=True))
     numbers = torch.randn(length, dtype=torch.float32, generator=generator)
     return numbers.to(like.dtype).as_strided(like.shape, strides)
+
+
+def _overlaps(weight: Tensor) -> bool:
+    return weight.untyped_storage().nbytes() < weight.nbytes
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,8 @@ def _quantized(model: GGUFModel, folder: Path, report: Report) -> dict[Place, Qu
             continue
         for stored in (f"{own}.weight" for own in stored_names(name)):
             if not isinstance(grid, Grid) and stored not in blocks:
-                mend = "Copy or prune the model again"
-                mend = mend if blocks else "Prune to a folder: a result in memory keeps no blocks"
+                in_memory = "Prune to a folder: a result in memory keeps no blocks"
+                mend = "Copy or prune the model again" if blocks else in_memory
                 raise ModelError(f"{folder}: {BLOCKS} has no {name}. {mend}.")
             quantized[model.place(stored)] = Quantized(grid, blocks.get(stored))
     return quantized

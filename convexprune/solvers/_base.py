@@ -230,16 +230,17 @@ def run(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, c
 
 
 def certified(
-    problem: Problem, weight: Tensor, said: list[Status], tolerance: float, made: list[tuple[int, int]], began: float,
+    problem: Problem, weight: Tensor, made: Sequence[tuple[Status, int, int]], tolerance: float, began: float,
     precise: bool = True, residual: Tensor | None = None,
 ) -> Solution:  # fmt: skip
-    """Certify each problem side by side: with status and (iterations, products) of each, or single ones of all."""
+    """Certify each problem side by side; `made` has by problem the solver's status, its iterations and products."""
     certificates = certify_each(problem, weight, precise, residual)
-    count, seconds = len(certificates), (time.perf_counter() - began) / len(certificates)
-    said, made = (said * count)[:count], (made * count)[:count]
+    seconds = (time.perf_counter() - began) / len(certificates)
     parts = [
-        Solution(part, Status.of(says, certificate, tolerance), certificate, *own, seconds)
-        for part, certificate, says, own in zip(weight.chunk(count), certificates, said, made, strict=True)
+        Solution(part, Status.of(said, certificate, tolerance), certificate, iterations, products, seconds)
+        for part, certificate, (said, iterations, products) in zip(
+            weight.chunk(len(certificates)), certificates, made, strict=True
+        )
     ]
     return Solution.together(parts, weight, residual)
 

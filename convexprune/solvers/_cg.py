@@ -86,9 +86,10 @@ class ConjugateGradient(AbstractSolver):
             value -= gain
             iterations += 1
         weight = weight if scale is None else weight / scale
-        made = [ended.get(i, iterations) for i in range(len(q.totals(value)))]
-        said = [Status.SOLVED if each < self.max_iterations else Status.ITERATION_LIMIT for each in made]
-        return certified(problem, weight, said, self.tolerance, [(each, each + 2) for each in made], began)
+        counts = [ended.get(i, iterations) for i in range(q.problems)]
+        limit = self.max_iterations
+        made = [(Status.SOLVED if n < limit else Status.ITERATION_LIMIT, n, n + 2) for n in counts]
+        return certified(problem, weight, made, self.tolerance, began)
 
     def _done(self, q: Quadratic, residual: Tensor, gain: Tensor, value: Tensor, going: Tensor) -> list[bool]:
         """Decide by problem: no row is `going` on [m], or the gap is small; not tested after a large `gain`."""

@@ -84,8 +84,8 @@ class AbstractIterative(AbstractSolver):
         weight, status, iterations, products = self._from(problem, start, residual, tested, leaving)
         with solving_in("float32"):
             residual = None if self.precise else problem.quadratic.residual(weight)
-            made = [(iterations, products + 1)]
-            return certified(problem, weight, [status], self.tolerance, made, began, self.precise, residual)
+            made = [(status, iterations, products + 1)] * problem.quadratic.problems
+            return certified(problem, weight, made, self.tolerance, began, self.precise, residual)
 
     def _from(
         self,

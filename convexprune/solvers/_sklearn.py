@@ -53,7 +53,8 @@ class ScikitLearn(AbstractByRow):
             most += made
             found = problem.penalty.prox(torch.from_numpy(weight).to(problem.quadratic.cross), 0.0)
             said = Status.ITERATION_LIMIT if limit else Status.SOLVED
-            solution = certified(problem, found, [said], self.tolerance, [(most, 0)], began)
+            alike = [(said, most, 0)] * problem.quadratic.problems
+            solution = certified(problem, found, alike, self.tolerance, began)
             open_parts = [part.status is not Status.SOLVED for part in solution.each]
             if limit or near < LEAST or not any(open_parts):
                 return solution

@@ -72,7 +72,8 @@ class WorkingSet(AbstractByRow):
             rows = Rows.of(problem, weight)
             status, rounds, products = self._rounds(rows, quadratic.gram, weight)
         weight = problem.penalty.prox((weight / unit).to(problem.quadratic.cross), 0.0)
-        return certified(problem, weight, [status], self.tolerance, [(rounds, products)], began)
+        made = [(status, rounds, products)] * problem.quadratic.problems
+        return certified(problem, weight, made, self.tolerance, began)
 
     def _rounds(self, rows: "Rows", gram: Tensor, weight: Tensor) -> tuple[Status, int, int]:
         """Write the rows' answers into `weight` [m n], and return status, rounds and products."""
