@@ -31,11 +31,11 @@ def main() -> None:
         Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
-        why = f"{error.strerror}. What is printed could not be written; print to another place"
-        Console(stderr=True).print(f"OutputError: {why}.", soft_wrap=True, highlight=False)
+        said = f"OutputError: {error.strerror}, where this command prints or writes. Make room, or print elsewhere."
+        Console(stderr=True).print(said, soft_wrap=True, highlight=False)
         sys.exit(2)
 
 

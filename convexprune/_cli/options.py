@@ -31,7 +31,11 @@ READ_AS = {bool: bool, int: int, float: float, Path: Path, str: str, Literal: st
 def command(
     parameters: Parameters[Any], argument: str | None = None, *, name: str | None = None, **defaults: Any
 ) -> Any:
-    """Add a function as a command, with options for settings, `argument` first, and `defaults` of the command line."""
+    """Add a function as a command, with an option for every setting of its parameter `settings`.
+
+    The function gets the settings that the user gave, and the `defaults` of the command line. The setting `argument`
+    comes first on the line; an option of its name is taken too, as in other tools.
+    """
     aliases = {option[2:]: dashed(field) for field in parameters.fields for option in _long(parameters, field)}
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
