@@ -150,7 +150,7 @@ things = st.lists(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(things=[("out", "folder"), ("out/work", "full")])
 @example(things=[("out", "folder"), ("out/.backup.part", "file")])
 @example(things=[(".out.part", "full")])

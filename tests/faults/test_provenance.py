@@ -114,11 +114,15 @@ def test_weights_that_the_run_did_not_write_are_refused_and_other_reports_are_no
 TEXTS = ["{}", "[]", "null", "1", "", "{", '{"recipe": {}}', '{"checksum": "0", "files": {}}']
 
 
-@pytest.mark.parametrize(
-    ("reader", "text"),
-    [("load", text) for text in TEXTS]
-    + [(reader, text) for reader in ("pack", "eval", "eval, against it", "export", "report") for text in TEXTS[::7]],
-)
+EACH = {reader: TEXTS[::7] for reader in ("pack", "eval", "eval, against it", "export", "report")} | {"load": TEXTS}
+DAMAGED = [
+    pytest.param(reader, text, marks=[] if text in quick else pytest.mark.long)
+    for reader, quick in EACH.items()
+    for text in TEXTS
+]
+
+
+@pytest.mark.parametrize(("reader", "text"), DAMAGED)
 def test_a_damaged_report_is_refused(reader: str, text: str, sources: Path, tmp_path: Path):
     kind, read = READERS[reader]
     run = Path(shutil.copytree(sources / kind, tmp_path / "run"))

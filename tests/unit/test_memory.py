@@ -134,7 +134,10 @@ QUANTIZERS = ("rtn", "gptq", "descent", "descent, bits", "descent, beam 1")
 QUANTIZED = [(name, *shape) for name in QUANTIZERS for shape in (((192,), 128), ((64, 64), 192))]
 
 
-@pytest.mark.parametrize(("name", "heights", "n"), [*QUANTIZED, ("gptq", (64,), 768)])  # wide: matrices [n n] decide
+WIDE_ONES = [("gptq", (64,), 768), pytest.param("descent, beam 1", (256,), 1024, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize(("name", "heights", "n"), [*QUANTIZED, *WIDE_ONES])  # of the wide matrices [n n] decide
 def test_memory_of_a_quantizer_is_what_torch_allocates(name: str, heights: tuple[int, ...], n: int):
     quantizer, _, more = name.partition(", ")
     kind: dict[str, Any] = {"bits": 3.3} if more == "bits" else {"quantize": "int4"}
