@@ -61,7 +61,12 @@ def allocate_each(
     batch_size: int = 1,
     record: Callable[[], Recorded] = list,
 ) -> list[ModelAllocation]:
-    """Return an allocation for each rule and run, by a survey of the dense model and gradients on some windows."""
+    """Return an allocation for every requested rule and run, from windows [windows length].
+
+    The dense model is surveyed once for all, on the first 16 windows of `calibration` and all of `held_out`, with
+    SparseGPT's weights, so that an allocation does not depend on the method. Only the rules with curves prune for
+    the survey; curves, "rows" and "columns" need gradients, on the first windows. Both go layer by layer.
+    """
     if all(rule == "uniform" for rule, _ in asked):
         return [ModelAllocation({}) for _ in asked]
     every, calibration = calibration, calibration[:WINDOWS]

@@ -86,7 +86,11 @@ class HuggingFaceModel(ProbedModel):
 
     @contextmanager
     def lent(self, undo: bool = False) -> Iterator[Self]:
-        """Lend the model to a run, and restore its modes; with `undo` the layers, too, if the run raises."""
+        """Lend the model to a run; afterwards its modules' modes and `requires_grad` are restored.
+
+        With `undo` the weights of its decoder layers are restored, too, if the run raises. This costs a copy of changed
+        layers, in the memory of the CPU.
+        """
         self._keeps = undo
         try:
             with used_alone(self.model), ExitStack() as failed:
@@ -166,7 +170,10 @@ class HuggingFaceModel(ProbedModel):
 
     @torch.no_grad()
     def calls(self, batch: Tensor) -> list[Call]:
-        """Return the calls of all layers for a batch of this shape: some families give each a mask of its own."""
+        """Return the calls of all decoder layers for a batch of this shape, recorded in a forward pass.
+
+        Calls differ by layer, because some families give every layer a separate mask or rotary table.
+        """
         self._recorder = CallRecorder(self.name, self.layers)
         with self.resident(self.layers[0]):
             return self._recorder.record(lambda: self.forward(batch))
@@ -185,12 +192,17 @@ class HuggingFaceModel(ProbedModel):
         return pieces(self.model, batch)
 
     def logits(self, batch: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return logits [batch positions vocabulary], by default of all positions, of states after the last layer."""
+        """Return the logits [batch positions vocabulary] of hidden states [batch tokens hidden] after the last layer.
+
+        Logits have gradients if the hidden states have. Without `positions` all are meant.
+        """
         with standing_in(self.layers, lambda *_, **__: self._recorder.returned(hidden)):
             return logits_at(self.model, batch.to(self.device), positions)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """Return what enters the head [batch tokens hidden] for a `batch` [batch tokens]."""
+        """Send `batch` [batch tokens] through the decoder; return the hidden states [batch tokens hidden] for the
+        head.
+        """
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
         with widened(self.device, self.model.dtype):
             return self.model.base_model(input_ids=batch.to(self.device), use_cache=False)[0]

@@ -79,7 +79,11 @@ def save_from_store(
     marked: Callable[[Mapping[str, Any]], dict[str, Any]],
     narrowed: AbstractRemoval | None = None,
 ) -> None:
-    """Write the model with layers from the store, without removed parts, and with the config.json as `marked`."""
+    """Write the model with its layers from the store, without removed parts, and with the config.json as `marked`.
+
+    A streamed model is assembled tensor by tensor; a loaded model has the layers already. A `tokenizer` replaces the
+    checkpoint's.
+    """
     if model.shards is None:
         for name, entry in _ends(store).items():
             model.model.get_parameter(name).data.copy_(entry.read())

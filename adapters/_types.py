@@ -80,7 +80,10 @@ class TypeChoice:
     def types(
         self, store: AbstractStore, pattern: Constraint, units: Mapping[tuple[str, ...], Mapping[str, int]], room: int
     ) -> dict[str, Any]:
-        """Return types by name, their forecast `cost` and its `gap`; `units` have one type each, of so many bytes."""
+        """Return the type of each operator, embedding and head, by name, with the forecast `cost` and its `gap`.
+
+        The `units` are operators that have a common type, with their bytes by type; there is `room` for so many.
+        """
         steps = [_step(units, room)] if self.rule == "measured" else []
         trials = [trial(step, self.batch_size, self.calibration.shape[1]) for step in steps]
         with store.scratch(0) as record:

@@ -45,7 +45,10 @@ class Way:
         return self.perplexity / self.dense
 
     def stored(self, dtype: torch.dtype) -> tuple[str, float, float]:
-        """Return arguments, and bits of operators and the rest on disk; pruned packs and float32 become bfloat16."""
+        """Return the arguments, and bits of operators and of all else on disk, of a model in `dtype`.
+
+        Packs of pruned weights were measured in bfloat16, and nothing is of use in float32: those are cast.
+        """
         is_pack, arguments = self.then == "pack", self.arguments
         if dtype not in LOSSLESS or (is_pack and arguments and dtype != torch.bfloat16):
             arguments, dtype = f"{arguments or '--sparsity 0'} --dtype bfloat16", torch.bfloat16

@@ -105,7 +105,11 @@ def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tup
 def text_windows(
     text: str | Path, model: HuggingFaceModel, window: int | None = None, name: str | None = None
 ) -> Tensor:
-    """Return all disjoint windows [windows window] of a text or its file, in order; errors call it by `name`."""
+    """Return all disjoint windows [windows window] of a text, in order, for evaluation; a shorter rest is dropped.
+
+    The text may be a path to a .txt or .jsonl file: a `Path`, or a line that ends like one. By default a window is the
+    shorter of 1024 tokens and the model's limit. Errors call the text by `name`.
+    """
     window = min(EVALUATION_WINDOW, model.max_positions) if window is None else window
     _check_request(None, window, model)
     is_path = isinstance(text, Path) or ("\n" not in text and text.endswith(TEXT_FILES))

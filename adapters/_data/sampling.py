@@ -21,7 +21,12 @@ BATCH_TOKENS = (
 
 
 def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: SampleSplit) -> Tensor:
-    """Draw windows by plain ancestral sampling, past the ends of texts; splits never share random numbers."""
+    """Draw windows [num_samples length] from the model's distribution.
+
+    Plain ancestral sampling: temperature 1, nothing cut off, and the end of a text is an ordinary token, after which
+    the model goes on as in training. Reproducible for a seed on a machine; the splits never share random numbers,
+    whatever their seeds.
+    """
     if length < 2:
         raise CalibrationError(f"A sampled window starts from one given token, so it needs 2 or more; got {length}.")
     random_seed = {"calibration": 2 * seed, "evaluation": 2 * seed + 1, "held-out": -1 - seed}[split]

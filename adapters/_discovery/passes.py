@@ -32,7 +32,11 @@ def entering(layer: DecoderLayer, forward: Callable[[], object]) -> Tensor:
 
 
 class CallRecorder:
-    """Record the calls of a model's decoder layers: the first computes, the others only hand its output on."""
+    """Record the calls of a model's decoder layers, of which the first is in memory.
+
+    Only the first layer computes; later layers pass their input on, in the form of the first layer's output, so that
+    their weights are not needed.
+    """
 
     def __init__(self, model: str, layers: Sequence[DecoderLayer]) -> None:
         self._model, self._layers = model, layers
@@ -109,7 +113,11 @@ def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
 
 
 def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """Yield the logits of ids [windows window] by piece of `pieces`; the decoder runs once, unless it gives a part."""
+    """Yield the logits of ids [windows window] by piece of `pieces`, while the model's decoder runs only once.
+
+    The decoder's output is replayed for later pieces. If the output does not cover all positions, the model runs
+    again.
+    """
     first, *others = pieces(model, ids)
     named = (model.get_decoder(), model.base_model, *model.children())  # some families name none, or the whole model
     decoder, outputs = next(m for m in named if isinstance(m, nn.Module) and m is not model), list[Any]()

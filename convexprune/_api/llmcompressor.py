@@ -1,4 +1,7 @@
-"""Translate recipes of llm-compressor: stages (`_stage`) of groups (`_modifiers`) of modifiers, by class name."""
+"""Translate recipes of llm-compressor. Entries without an equivalent are refused by name.
+
+The format: stages with names in `_stage` hold groups with names in `_modifiers` of modifiers, by class name.
+"""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -36,7 +36,10 @@ LONGEST = 1 << 28  # bytes of an index; that of 1,000,000 tensors has less
 
 
 def export(source: str | Path, output_dir: str | Path, allow_changed: bool, add_card: Callable[[Path], None]) -> Path:
-    """Write codes and scales, for transformers (with compressed-tensors) and vLLM: the run's weights, bit for bit."""
+    """Write a folder of codes and scales, for transformers (with the package compressed-tensors) and vLLM.
+
+    They compute with the weights that the run has stored, bit for bit.
+    """
     staging = Staging.of_new(output_dir, source)
     folder, files = source_files(source)
     if any(map(is_packed, files)):
@@ -227,7 +230,10 @@ class FolderSize(Size):
 
 
 def measure(source: Path, groups: Sequence[Sequence[str]], ends: Sequence[str], dtype: torch.dtype) -> FolderSize:
-    """Return the size of a model's files; operators and a head of its own will have codes, other tensors a dtype."""
+    """Return the size of the files of a model, whose operators will have codes; other tensors have a dtype.
+
+    A head that is no embedding will have codes, too: transformers opens no folder with codes of an embedding.
+    """
     folder, stored = source_tensors(source)
     specs = {path: {n: cast(entry, dtype)[0] for n, entry in found.items()} for path, found in stored.items()}
     files = tuple((found, entries(folder / path)[1]) for path, found in specs.items())

@@ -48,7 +48,11 @@ def opened(entry: Entry) -> Iterator["Source"]:
 
 
 class Source:
-    """The bytes of a tensor in a `file` that stands at the first, `left` of which are unread."""
+    """The bytes of a tensor in a file, `left` of which are unread.
+
+    Args:
+        file: open, at the tensor's first byte.
+    """
 
     def __init__(self, file: BinaryIO, entry: Entry) -> None:
         self._file, self._path, self.left = file, entry.path, entry.spec.nbytes
@@ -150,7 +154,9 @@ def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str, int | No
 
 
 def _coded(block: bytes, code: str, layout: Layout | None) -> bytes:
-    """Code a block of a tensor; of a quantized one the first byte tells if the block is on the grid."""
+    """Code a block of a tensor; the block of a quantized tensor begins with a byte that tells if the block is on the
+    grid.
+    """
     if layout is None:
         return encode(block, code, width(BITS[code]))
     numbers = encode_codes(block, code, layout)

@@ -58,7 +58,10 @@ ROTATED = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
 
 @dataclass(frozen=True)
 class Architecture:
-    """llama.cpp's name, what it takes for granted, and if it rotates `neighbours`, not the halves of a head."""
+    """The name that llama.cpp has for an architecture, and what it takes for granted of its configuration.
+
+    With `neighbours` it rotates pairs of neighbouring channels, where transformers rotates the halves of a head.
+    """
 
     name: str
     neighbours: bool = False

@@ -20,7 +20,10 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def lacks_products(dtype: torch.dtype) -> bool:
-    """Return True if oneDNN, with which torch multiplies on a CPU, has or may use no quick products of a dtype."""
+    """Return True if oneDNN, with which torch multiplies on a CPU, has no quick products of a dtype.
+
+    ONEDNN_MAX_CPU_ISA can deny oneDNN the instructions that the processor has, and torch can be told not to use oneDNN.
+    """
     check = getattr(torch.ops.mkldnn, MKLDNN_CHECKS.get(dtype, ""), None)
     return check is not None and not (check() and torch.backends.mkldnn.enabled)
 

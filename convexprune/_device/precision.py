@@ -59,7 +59,10 @@ certifying_in = partial(_within, _certifying)
 
 
 def certifies_in_parts(like: Tensor) -> bool:
-    """Return True if a certificate takes no product in float64: on GPUs slow at it, never for a problem in float64."""
+    """Return True if a certificate takes no product in float64: by default on GPUs with slow float64.
+
+    Never for a problem in float64: parts represent numbers of float32.
+    """
     if like.dtype != torch.float32 or _certifying.get() == "float64":
         return False
     return _certifying.get() == "parts" or (not has_fast_doubles(like.device) and has_wide_sums(like.device))
@@ -95,7 +98,10 @@ def _by_rows(a: Tensor) -> Tensor:
 
 
 def add_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a' b to a total [n k] in place, in the format of second moments; of 16 bits the products are exact."""
+    """Add a' b to a total [n k] in place, in the format of second moments.
+
+    Inputs in 16 bits have exact products in float32: on a GPU with float32 sums only the sums are rounded.
+    """
     if a.dtype == b.dtype != total.dtype and _summing.get() == "auto" and has_wide_sums(a.device):
         total.add_(torch.mm(a.T, b, out_dtype=torch.float32))  # pyright: ignore[reportCallIssue]
         return
@@ -152,7 +158,10 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Return True for large float32 products without gradients of whole matrices, where oneDNN is quicker."""
+    """Return True for a large product of matrices in float32 without gradients, where oneDNN is quicker.
+
+    For parts of matrices oneDNN has reference code alone, a thousand times slower.
+    """
     if a.dtype != torch.float32 or a.ndim != 2 or b.ndim != 2 or len(a) * b.numel() < _LARGE or not is_host(a.device):
         return False
     whole = all(each.is_contiguous() or each.T.is_contiguous() for each in (a, b))

@@ -34,7 +34,10 @@ def restored(read: Callable[[], R], write: Callable[[R], object], value: R) -> I
 
 @contextmanager
 def pinned() -> Iterator[None]:
-    """Compute as in a fresh process, in float32 on the CPU; the user's settings are back after the last run."""
+    """Compute as in a fresh process: float32 products in float32, no autocast, tensors of float32 on the CPU.
+
+    The user's settings are back afterwards; of runs in several threads, after the last one.
+    """
     with _pinned_in_process(), torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):

@@ -235,7 +235,10 @@ def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch:
 def inputs_by_sample(
     layer: DecoderLayer, stage: Sequence[Group], calls: Calls, batch: Tensor, replayed: Mapping[CachedSubmodule, Tensor]
 ) -> Mapping[Group, Tensor | list[Tensor]]:
-    """Run the layer up to a stage: inputs [samples tokens n]; of experts, sample by sample, a list of [tokens n]."""
+    """Run the layer up to a stage: inputs [samples tokens n], of experts a list with the tokens [tokens n] of a sample.
+
+    With experts samples run one by one: inside, a routed token does not say whose it is.
+    """
     if all(group.token_aligned for group in stage):
         with replaying(replayed):
             return stage_inputs(layer, stage, calls(batch), batch)

@@ -95,7 +95,11 @@ def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Operators with a common input; not token-aligned behind a router, where the pruned layer sends other tokens."""
+    """Operators with a common input: a Gram matrix, a stacked problem.
+
+    Token-aligned: the dense and the pruned layer send the same tokens here, so that an operator can correct earlier
+    errors by token. False behind a router.
+    """
 
     operators: tuple[AbstractOperator, ...]
     input_hook: InputHook

@@ -159,7 +159,10 @@ def _batch_bytes(model: ModelSize, layer: LayerSize, stage: Iterable[Stack], set
 
 
 def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
-    """Return the bytes of finished layers, the result, hidden states, and recorded inputs, of shortcuts as well."""
+    """Return the bytes of finished layers, the result, hidden states, and recorded inputs of a layer.
+
+    Single operators may begin a shortcut for a later stage, so inputs from the pruned layer are kept as well.
+    """
     hidden = model.itemsize * setting.tokens * model.hidden * (1 if setting.dense_prefix else 2)
     widths = []
     for layer in model.layers:

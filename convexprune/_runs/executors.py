@@ -143,7 +143,11 @@ class Serial(AbstractExecutor):
 
 
 class Ranks(AbstractExecutor):
-    """A process of torchrun or srun: ranks meet in the folder, or prune together layers that wait for each other."""
+    """A process of torchrun or srun, started with the same command as its peers.
+
+    Ranks meet in the run's folder only; if layers wait for each other, the ranks prune a layer together. Launchers
+    divide the threads.
+    """
 
     @classmethod
     def here(cls) -> "Ranks":

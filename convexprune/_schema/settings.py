@@ -1,4 +1,8 @@
-"""All settings of a run, in groups: recipe, options, arguments and help are made from these."""
+"""All settings of a run, in groups: name, type, default and help.
+
+The recipe (`convexprune.recipe`), the options of the command line, the arguments of functions and their descriptions
+(`_schema.functions`) are made from these groups. No import of torch here: help is quick.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -142,7 +142,10 @@ def checksum_inside(folder: Path, name: str) -> str | None:
 
 
 def read_ahead(path: Path, begin: int = 0, length: int = 0) -> None:
-    """Hint to the system to cache bytes of a file; `length` 0 is all that follow. No failure is an error."""
+    """Ask the system to bring bytes of a file into its cache; `length` 0 is all that follow.
+
+    Only a hint: a system that takes none, or a file that is gone, is no error.
+    """
     if hasattr(os, "posix_fadvise"):  # not on macOS, nor on Windows
         with suppress(OSError), path.open("rb") as file:
             os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
@@ -220,7 +223,10 @@ def _checksum(value: Any) -> str:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock inside the block, but yield False if it is not free. Many may hold a `shared` one."""
+    """Hold a lock inside the block, and yield True; yield False if it is not free. It ends with the process.
+
+    Any shared file system that has flock will do. The lock file is made if need be. Many may hold a `shared` lock.
+    """
     try:
         import fcntl
     except ImportError as cause:  # on Windows

@@ -31,7 +31,10 @@ class Prune(AbstractStackStep):
 def solved(
     problems: Sequence[LayerProblem], factors: Sequence[Tensor | None], pruner: AbstractPruner
 ) -> list[LayerEdit]:
-    """Prune stacks of equal shape, rows by their squared factors [m]; only those that get zeros, or compensate."""
+    """Prune stacks of equal shape, whose rows count by the square of their factors [m], or alike without factors.
+
+    Operators without zeros to place keep their weights, unless they compensate for inputs that another operator lost.
+    """
     changed = [p.pattern.zeros(*p.weight.shape) > 0 or p.pattern.compensates for p in problems]
     scaled = [
         problem.scaled(each) for problem, each, is_changed in zip(problems, factors, changed, strict=True) if is_changed
