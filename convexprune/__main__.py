@@ -8,6 +8,8 @@ def run() -> None:
     """Load the command line and run it."""
     if sys.stdout is None:  # closed: what is printed goes nowhere, and not into the next file that is opened
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if "OMP_WAIT_POLICY" not in os.environ:  # where cores are busy, threads that spin longer lose minutes
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         os.getcwd()
     except FileNotFoundError:

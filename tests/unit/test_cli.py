@@ -1,5 +1,6 @@
 """The command line says what it did, and what is wrong."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -98,6 +99,22 @@ def test_a_current_folder_that_was_removed_is_one_message(tmp_path: Path):
     code = f"import os; os.rmdir({str(tmp_path / 'gone')!r}); from convexprune.__main__ import run; run()"
     done = subprocess.run([sys.executable, "-c", code, "list"], cwd=tmp_path / "gone", capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "The current folder was removed. Change to another one (cd).\n")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_wait_asleep_unless_the_environment_says_how(said: dict[str, str], expected: str):
+    """OpenMP reads the variable as torch is imported, so it must be there before the command line is."""
+    code = (
+        "import os, sys, types; from convexprune.__main__ import run; fake = types.ModuleType('fake'); "
+        "fake.main = lambda: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules); "
+        "sys.modules['convexprune._cli'] = fake; run()"
+    )
+    rest = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], env=rest | said, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{expected} False\n", "")
 
 
 def test_a_closed_output_loses_what_is_printed_and_nothing_else():
