@@ -40,7 +40,7 @@ class Recipe(
     groups.DeviceSettings, groups.RunSettings, groups.MethodSettings, groups.TargetSettings, groups.DataSettings,
     groups.ModelSettings,
 ):  # fmt: skip
-    """Settings that decide a result (`convexprune._schema.settings`). Some defaults depend on others (`_following`)."""
+    """Settings that decide a result, named as in `prune` (docs/settings.md). The rest follows from these."""
 
     @model_validator(mode="before")
     @classmethod

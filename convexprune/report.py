@@ -30,8 +30,8 @@ class OperatorReport:
 
     The bound holds for a sample of the operator's rows: every weight in the pattern has an `error` of at least `lower`
     there, and `ratio` is lower / error. This error is the pruner's objective: the sum over rows of mean |V x* -
-    target|^2 plus the damping of strength `damping`, times the weight of the row
-    (`convexprune._layerwise.allocation.row_weights`).
+    target|^2 plus the damping of strength `damping`, times the weight of the row (docs/method.md,
+    "Which rows get the non-zeros").
 
     Args:
         name: name of the operator in the model.
@@ -113,7 +113,8 @@ class Report:
         operators: records of the operators.
         seconds: time by phase.
         perplexity: before and after pruning, with text and window.
-        allocation: `cost` and `gap` of the allocation's rule (`convexprune._layerwise.allocation.ModelAllocation`).
+        allocation: of a rule with curves, `cost`, the predicted loss in nats per token, and `gap`, a bound on its
+            possible decrease.
         identity: checksums and versions that decide the bits of the result.
         files: sha256 of every file of the result by path, if a folder was written; for a packed file, of the unpacked
             content.

@@ -217,11 +217,12 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
     pairs = zip(rows, means, strict=True)
     errors = [_point(row) | {"products": 1 + row["products"], "relative error": mean} for row, mean in pairs]
     plots["error-against-products"] = errors, "products", "relative error", {"col": "target", "kind": "scatter"}
-    plots["error-against-sparsity"] = errors, "sparsity", "relative error", {"style": "kind", "markers": True}
+    kinds = sorted({point["kind"] for point in errors}, reverse=True)  # lines first, then N:M
+    styles = {"style": "kind", "style_order": kinds, "markers": True}
+    plots["error-against-sparsity"] = errors, "sparsity", "relative error", styles
     for measure in ("kl", "perplexity"):
         points = [_point(row) | {"text": text, measure: row["texts"][text][measure]} for row in rows for text in texts]
-        options = {"col": "text", "style": "kind", "markers": True}
-        plots[f"{measure}-against-sparsity"] = points, "sparsity", measure, options
+        plots[f"{measure}-against-sparsity"] = points, "sparsity", measure, {"col": "text", **styles}
     return [_lines(folder, name, *plot) for name, plot in plots.items() if plot[0]]  # maybe nothing was held out
 
 
@@ -249,11 +250,15 @@ def _lines(folder: Path, name: str, points: Sequence[Row], x: str, y: str, optio
     import pandas
     import seaborn
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
-    chosen: dict[str, Any] = {"kind": "line", "hue": "variant", "height": 4, "facet_kws": {"sharey": False}, **options}
+    chosen: dict[str, Any] = {"kind": "line", "hue": "variant", "height": 3, "facet_kws": {"sharey": False}, **options}
     with seaborn.axes_style("whitegrid"):
         grid = seaborn.relplot(pandas.DataFrame(points), x=x, y=y, **chosen)
-    grid.set(yscale="log", xscale="log" if x == "products" else "linear")
+    grid.set(yscale="log", xscale="log" if x == "products" else "linear").set_titles("{col_name}")
+    for axis in grid.axes.flat:  # 0.5 in place of a power of ten
+        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+    seaborn.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0.02), ncol=4)
     grid.savefig(folder / f"{name}.png", dpi=120)
     pyplot.close(grid.figure)
     return f"{name}.png"

@@ -118,8 +118,8 @@ class Inspection:
 def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     """Predict work and needs of a run on a model, without its weights.
 
-    Only the configuration is read. Memory is by the formulas of `_runs.cost`; the time is an estimate, from products
-    that are timed on `device` now.
+    Only the configuration is read. Memory follows from formulas, and time from products that are timed on `device`
+    now: an estimate.
 
     Args:
         source: a folder, a config.json, or a name on the hub; None: the bundled model.

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from convexprune.report import OperatorReport
 
-WIDTH, HEIGHT, MARGIN = 420, 300, 62
+WIDTH, HEIGHT, MARGIN = 300, 220, 52  # about the pixels of a column, so that letters are not shrunk
 STEPS = (1, 2, 5)  # of an axis that covers less than two powers of ten
 
 

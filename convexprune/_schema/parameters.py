@@ -96,13 +96,14 @@ def documented(settings: Parameters[Any]) -> Callable[[Callable[P, R]], Callable
     """Give a function with `**settings` a signature, and a docstring with their descriptions in place of `PLACE`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = dict(inspect.signature(function).parameters)
+        plain = inspect.signature(function)
+        parameters = dict(plain.parameters)
         del parameters["settings"]
         for name, info in settings.fields.items():
             default = None if info.default is PydanticUndefined else info.default
-            plain = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=info.annotation)
-            parameters[name] = parameters.get(name, plain).replace(default=default)
-        function.__dict__["__signature__"] = inspect.Signature(list(parameters.values()))
+            setting = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=info.annotation)
+            parameters[name] = parameters.get(name, setting).replace(default=default)
+        function.__dict__["__signature__"] = plain.replace(parameters=list(parameters.values()))
         words = inspect.cleandoc(function.__doc__ or "")  # as Python has it from 3.13 on
         function.__doc__ = words.replace(PLACE, _described(settings, words))
         return function

@@ -9,6 +9,7 @@ import shlex
 import statistics
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,11 @@ def test_the_phases_that_benchmarks_time_are_there():
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     assert all(f" {page.name}\n" in navigation for page in PAGES[1:])
+
+
+@pytest.mark.parametrize("room", ["", ".estimators", ".problems", ".pruners", ".solvers", ".validation"])
+def test_the_reference_has_every_name_that_users_import(room: str):
+    page = (ROOT / "docs" / "reference.md").read_text()
+    members = {name for found in re.findall(r"members: \[(.+)\]", page) for name in found.split(", ")}
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (convexprune[\w.]+)$", page, re.MULTILINE)} | members
+    assert set(import_module(f"convexprune{room}").__all__) <= shown | {"solvers", "METHODS", "PRUNERS"}

@@ -1,15 +1,22 @@
-"""Every setting of `prune`, from the schema: a hook of mkdocs that writes docs/settings.md's tables.
+"""Hooks of the site: the tables of docs/settings.md from the schema, links to lab/, and a reference without noise.
 
-mkdocs build; python benchmarks/settings_page.py
+mkdocs build; python benchmarks/site.py
 """
 
+import inspect
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import griffe
 
 from convexprune._cli.application import dashed
 from convexprune._schema.functions import PRUNE
 
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT["urls"]["Repository"]
 PLACE = "<!-- settings -->"
 TITLES = {
     "model": "The model",
@@ -22,8 +29,22 @@ TITLES = {
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs with the text of each page."""
+    """Called by mkdocs with the text of each page. Links to lab/, which is not on the site, lead to the repository."""
+    markdown = re.sub(r"\]\(\.\./lab/", f"]({REPOSITORY}/blob/main/lab/", markdown)
     return markdown.replace(PLACE, "\n".join(tables())) if PLACE in markdown else markdown
+
+
+class OwnWords(griffe.Extension):
+    """Of an inspected attribute, leave out what its value's type says of itself; of a dataclass, its factories."""
+
+    def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
+        if inspect.getdoc(node.obj) == inspect.getdoc(type(node.obj)):
+            attr.docstring = None
+
+    def on_function_instance(self, *, func: griffe.Function, **_: Any) -> None:
+        for parameter in func.parameters:
+            if parameter.default == "<factory>":
+                parameter.default = None
 
 
 def tables() -> Iterator[str]:
