@@ -16,16 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 ROOT = Path(__file__).parents[1]
-WAY = (  # of a weight: the room where something happens to it, and what
-    ("adapters", "is read from its shard"),
-    ("_layerwise", "its inputs are captured and add up to a Gram matrix"),
-    ("pruners", "becomes a layer problem with a constraint"),
-    ("solvers", "is solved, one matrix product an iteration"),
-    ("core", "its duality gap is certified"),
-    ("_layerwise", "is written back to its layer, with its errors and bound"),
-    ("_runs", "waits in the run's folder"),
-    ("adapters", "is assembled into the shards of the result"),
-)
+WAY = ("adapters", "_layerwise", "pruners", "solvers", "core", "_layerwise", "_runs", "adapters")  # of a weight
 
 
 def _rooms() -> list[list[str]]:
@@ -50,38 +41,29 @@ def main() -> None:
     """Draw."""
     floors = _rooms()
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "convexprune", "font.family": "sans-serif"}
-    figure = Figure(figsize=(11, 0.62 * len(floors) + 0.5))
+    figure = Figure(figsize=(8, 0.5 * len(floors)))
     axes = figure.subplots()
     height: dict[str, float] = {}
     for number, floor in enumerate(floors):
         y = len(floors) - number
-        width = 6.4 / len(floor)
+        width = 6.2 / len(floor)
         for i, room in enumerate(floor):
+            left, right = i * width + 0.1, (i + 1) * width - 0.1
             lines = sum(len(path.read_text().splitlines()) for path in _files(room))
-            axes.add_patch(Rectangle((i * width + 0.03, y - 0.42), width - 0.06, 0.84, fc="#eef3fb", ec="#4a6fa5"))
-            axes.text(i * width + 0.12, y + 0.14, f"{room}", weight="bold", size=9, va="center")
-            axes.text(
-                (i + 1) * width - 0.12, y + 0.14, f"{lines:,} lines", size=7, va="center", ha="right", color="#555"
-            )
+            axes.add_patch(Rectangle((left - 0.07, y - 0.44), width - 0.06, 0.88, fc="#eef3fb", ec="#4a6fa5"))
+            axes.text(left, y + 0.17, room, weight="bold", size=9.5, va="center")
+            axes.text(right, y + 0.17, f"{lines:,} lines", size=8, va="center", ha="right", color="#555")
             if len(floor) < 3:
-                axes.text(
-                    i * width + 0.12,
-                    y - 0.2,
-                    shorten(_said(room), 92 // len(floor) - 4, placeholder=" ..."),
-                    size=7,
-                    va="center",
-                )
+                said = shorten(_said(room).replace("`", ""), 79 // len(floor) - 4, placeholder=" ...")
+                axes.text(left, y - 0.21, said, size=8, va="center")
             height[room] = y
-    for number, (room, what) in enumerate(WAY, 1):
-        x, y = 6.55 + 0.22 * (number - 1), height[room]
-        axes.plot([x], [y], "o", color="#b5532a", ms=13)
-        axes.text(x, y, str(number), color="white", size=8, ha="center", va="center", weight="bold")
+    for number, room in enumerate(WAY, 1):
+        x, y = 6.2 + 0.23 * number, height[room]
+        axes.plot([x], [y], "o", color="#b5532a", ms=14)
+        axes.text(x, y, str(number), color="white", size=9, ha="center", va="center", weight="bold")
         if number < len(WAY):
-            axes.annotate("", (x + 0.22, height[WAY[number][0]]), (x, y),
-                          arrowprops={"arrowstyle": "-", "color": "#b5532a", "lw": 1.2, "zorder": 0})  # fmt: skip
-        axes.text(8.45, len(floors) - 1.0 - 0.62 * (number - 1), f"{number}  {what}", size=8, va="center")
-    axes.text(8.45, len(floors) - 0.3, "The way of a weight: it", size=9, weight="bold")
-    axes.set_xlim(0, 11.6)
+            axes.plot([x, x + 0.23], [y, height[WAY[number]]], color="#b5532a", lw=1.2, zorder=0)
+    axes.set_xlim(0, 8.2)
     axes.set_ylim(0.4, len(floors) + 0.6)
     axes.axis("off")
     figure.savefig(ROOT / "docs" / "architecture.svg", bbox_inches="tight", metadata={"Date": None})
