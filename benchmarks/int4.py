@@ -1,6 +1,6 @@
 """int4 beside GPTQModel's on the same tokens: KL from dense on some texts.
 
-    python benchmarks/int4.py MODEL --peer PYTHON --dataset TEXT --eval-text TEXT [TEXT ...] [--by gptq mse gptaq foem ours]
+    python benchmarks/int4.py MODEL --peer PYTHON --dataset TEXT --eval-text TEXT [TEXT ...] [--by WAY ...]
 
 MODEL is a folder of float32 or 16 bits. TEXT is a file, python-docs or licences. PYTHON is the interpreter of an
 environment with gptqmodel (7.7.0 runs on a CPU). Its defaults are kept: symmetric codes, groups in the order of their
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-PEERS = ("gptq", "mse", "gptaq", "foem")
+PEERS = ("gptq", "mse", "gptaq", "gptaq-mse", "foem")
 OF_PEER = {"PYTHONPATH": "", "GPTQMODEL_CPU_WORKERS": "2"}  # it cannot load a model with fewer
 
 
@@ -29,7 +29,8 @@ def by_gptqmodel(model: str, folder: Path, way: str, group_size: int) -> None:
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # pyright: ignore[reportMissingImports]
     from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig  # pyright: ignore[reportMissingImports]
 
-    ways = {"gptq": {}, "mse": {"mse": 2.4}, "gptaq": {"gptaq": GPTAQConfig()}, "foem": {"foem": FOEMConfig()}}
+    mse, gptaq = {"mse": 2.4}, {"gptaq": GPTAQConfig()}
+    ways = {"gptq": {}, "mse": mse, "gptaq": gptaq, "gptaq-mse": gptaq | mse, "foem": {"foem": FOEMConfig()}}
     config = QuantizeConfig(bits=4, group_size=group_size, device="cpu", **ways[way])
     windows = load_file(folder / "tokens.safetensors")["tokens"]
     data = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in windows]
