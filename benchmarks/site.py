@@ -29,13 +29,13 @@ TITLES = {
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs with the text of each page. Links to lab/, which is not on the site, lead to the repository."""
+    """Return a page's text with the tables of settings, and with links into the repository in place of lab/'s."""
     markdown = re.sub(r"\]\(\.\./lab/", f"]({REPOSITORY}/blob/main/lab/", markdown)
     return markdown.replace(PLACE, "\n".join(tables())) if PLACE in markdown else markdown
 
 
-class OwnWords(griffe.Extension):
-    """Of an inspected attribute, leave out what its value's type says of itself; of a dataclass, its factories."""
+class QuietInspection(griffe.Extension):
+    """Leave out of the reference the docstrings of Python's own types, and the factories of dataclasses."""
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
         if inspect.getdoc(node.obj) == inspect.getdoc(type(node.obj)):

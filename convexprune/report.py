@@ -113,8 +113,7 @@ class Report:
         operators: records of the operators.
         seconds: time by phase.
         perplexity: before and after pruning, with text and window.
-        allocation: of a rule with curves, `cost`, the predicted loss in nats per token, and `gap`, a bound on its
-            possible decrease.
+        allocation: of a rule with curves: `cost`, predicted nats per token, and `gap`, a bound on its decrease.
         identity: checksums and versions that decide the bits of the result.
         files: sha256 of every file of the result by path, if a folder was written; for a packed file, of the unpacked
             content.

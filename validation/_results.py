@@ -252,13 +252,14 @@ def _lines(folder: Path, name: str, points: Sequence[Row], x: str, y: str, optio
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator
 
-    chosen: dict[str, Any] = {"kind": "line", "hue": "variant", "height": 3, "facet_kws": {"sharey": False}, **options}
+    facets = {"sharey": False, "legend_out": False}
+    chosen: dict[str, Any] = {"kind": "line", "hue": "variant", "height": 3, "facet_kws": facets, **options}
     with seaborn.axes_style("whitegrid"):
         grid = seaborn.relplot(pandas.DataFrame(points), x=x, y=y, **chosen)
     grid.set(yscale="log", xscale="log" if x == "products" else "linear").set_titles("{col_name}")
     for axis in grid.axes.flat:  # 0.5 in place of a power of ten
         axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
-    seaborn.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0.02), ncol=4)
+    seaborn.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0.02), ncol=grid.axes.size)
     grid.savefig(folder / f"{name}.png", dpi=120)
     pyplot.close(grid.figure)
     return f"{name}.png"
