@@ -14,12 +14,14 @@ SHIFT_PER_BURSTINESS, MOST_LEVELLING = 0.02, 0.5
 """The variance of an input's log energy between kinds of text, over the burstiness; and the largest levelling."""
 RIDGE_RANGE, RIDGE_GAIN = (0.003, 0.1), 0.12
 """The ridge, for directions without energy in the sample: times the inputs over the tokens, within these limits."""
+RIDGE_PER_SHIFT, SHIFT_TOKENS = 60, 2**14
+"""The ridge for texts of another kind, over the squared shift: the noise that is left of so many tokens."""
 PRIOR_GAIN, PRIOR_TOKENS, LARGEST_PRIOR = 6, 4, 0.2
 """The prior, in units of a typical energy: times the cube of the noise, and that many over the tokens."""
 LARGEST_NOISE = 0.5
 """The noise of a single sample, which has no halves, is as measured elsewhere: inputs over tokens, at most this."""
-CODES_RIDGE, CODES_SATURATING, CODES_TOKENS = (4, 1.0), (25, 3.0), 2**14
-"""For codes: the ridge over the noise and its limit, the saturating part's likewise, and the tokens of that noise."""
+CODES_RIDGE, CODES_SATURATING = (4, 1.0), (25, 3.0)
+"""For codes: the ridge over the shift and its limit, and the saturating part's likewise."""
 
 
 def choose_damping(problem: LayerProblem, damping: float | None, codes: bool = False) -> Damping:
@@ -30,20 +32,21 @@ def choose_damping(problem: LayerProblem, damping: float | None, codes: bool = F
     change the energies of bursty inputs most, so the pull draws such energies to the typical one. The ridge is for
     directions, the prior for inputs, without energy in the sample (lab/tried.md has what else was tried).
 
-    Codes of a dense weight take more of the ridge and of the saturating part: the correlations of a noisy sample are
-    not those of other texts. More tokens lower the noise, but not this difference. So the noise of a longer sample
-    counts as that of `CODES_TOKENS` tokens.
+    The correlations of other texts differ too, by a shift that the noise tells. More tokens lower the noise, but not
+    the shift: it is the noise times the tokens, over `SHIFT_TOKENS`. The ridge grows with the square of the shift.
+    Codes of a dense weight take more of the ridge and of the saturating part, and a shift no less than the noise.
     """
     if damping is not None:
         return Damping(damping)
     tokens = max(1, problem.moments.tokens)
     shortage = problem.weight.shape[1] / tokens
     noise = sampling_noise(problem.folds) if problem.folds else min(LARGEST_NOISE, shortage)
-    ridge = min(max(RIDGE_RANGE[0], RIDGE_GAIN * shortage), RIDGE_RANGE[1])
+    shift = noise * tokens / SHIFT_TOKENS
+    ridge = min(max(RIDGE_RANGE[0], RIDGE_GAIN * shortage, RIDGE_PER_SHIFT * shift**2), RIDGE_RANGE[1])
     prior = min(LARGEST_PRIOR, PRIOR_GAIN * noise**3 + PRIOR_TOKENS / tokens)
     saturating = noise + DOMAIN_SHIFT
     if codes:
-        shift = noise * max(1, tokens / CODES_TOKENS)
+        shift = max(shift, noise)
         ridge = max(ridge, min(CODES_RIDGE[0] * shift, CODES_RIDGE[1]))
         saturating = min(DOMAIN_SHIFT + CODES_SATURATING[0] * shift, CODES_SATURATING[1])
     return Damping(ridge, saturating, prior * problem.typical_energy, _levelling(problem))

@@ -15,8 +15,10 @@ from convexprune.pruners._damped import (
     MOST_LEVELLING,
     PRIOR_GAIN,
     PRIOR_TOKENS,
+    RIDGE_PER_SHIFT,
     RIDGE_RANGE,
     SHIFT_PER_BURSTINESS,
+    SHIFT_TOKENS,
     choose_damping,
     damped,
 )
@@ -52,12 +54,23 @@ def test_damping_grows_with_the_noise(tokens):
     folds = folds_of(layer)
     damping, noise = posed(Convex(), layer_problem(layer, Unstructured(0.5), folds=folds)), sampling_noise(folds)
     assert damping.saturating == pytest.approx(noise + DOMAIN_SHIFT)
-    assert damping.ridge == pytest.approx(max(0.003, 0.12 * 16 / tokens))
+    ridge = max(0.003, 0.12 * 16 / tokens, RIDGE_PER_SHIFT * (noise * tokens / SHIFT_TOKENS) ** 2)
+    assert damping.ridge == pytest.approx(min(0.1, ridge))
     energies = layer.moments.gram.diagonal()
     share = min(LARGEST_PRIOR, PRIOR_GAIN * noise**3 + PRIOR_TOKENS / tokens)
     assert damping.prior == pytest.approx(share * float(energies.log().mean().exp()))
     shift, spread = SHIFT_PER_BURSTINESS * burstiness(folds), float(energies.log().var(correction=0))
     assert damping.levelling == pytest.approx(min(MOST_LEVELLING, shift / (shift + spread)))
+
+
+def test_halves_that_differ_however_long_they_are_ask_for_more_ridge_up_to_its_limit():
+    found = []
+    for tokens in (2**8, 2**9, 2**15):
+        halves = [correlated(seed, tokens=tokens // 2) for seed in (0, 1)]
+        folds = tuple(folds_of(half)[0] for half in halves)
+        problem = layer_problem(correlated(0, tokens=tokens), Unstructured(0.5), folds=folds)
+        found.append(choose_damping(problem, None).ridge)
+    assert found[0] < found[1] < found[2] == RIDGE_RANGE[1]
 
 
 @pytest.mark.parametrize("tokens", [24, 1500, 20_000])
