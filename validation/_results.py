@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from convexprune.adapters import Likelihood
-from convexprune.constraints import parse_pattern
+from convexprune.constraints import SemiStructured, parse_pattern
 from convexprune.errors import DependencyError, install_hint
 
 from ._variants import Variant
@@ -136,11 +136,15 @@ def document(
 
 
 def name_cells(row: Mapping[str, Any]) -> list[str]:
-    target, pattern = f"{row['sparsity']:.1%}", row["pattern"]
-    if pattern != "unstructured":
-        target = f"{pattern} {target}" if parse_pattern(pattern).continuous else pattern
+    target = _target(row["pattern"], f"{row['sparsity']:.1%}")
     name = row["method"] if row["allocation"] == "uniform" else f"{row['method']}, {row['allocation']}"
     return [f"{name}, by row" if row["quota"] == "row" else name, target, row["convention"]]
+
+
+def _target(pattern: str, share: str) -> str:
+    if pattern == "unstructured":
+        return share
+    return pattern if isinstance(parse_pattern(pattern), SemiStructured) else f"{pattern} {share}"
 
 
 def terminal_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]], names: int = len(NAMES)) -> Table:
@@ -266,8 +270,7 @@ def _lines(folder: Path, name: str, points: Sequence[Row], x: str, y: str, optio
 
 
 def _point(row: Row) -> dict[str, Any]:
-    unstructured = row["pattern"] == "unstructured"
     name, _, convention = name_cells(row)
-    target = f"{row['asked_sparsity']:.0%}" if unstructured else row["pattern"]
-    kind = "unstructured" if unstructured else "N:M"
+    target = _target(row["pattern"], f"{100 * row['asked_sparsity']:g}%")
+    kind = "N:M" if target == row["pattern"] else row["pattern"]
     return {"variant": f"{name}, {convention}", "target": target, "kind": kind, "sparsity": row.get("sparsity")}

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,15 @@ from convexprune._container.layouts import imported
 from convexprune._device.kernels import eager_because
 from convexprune._device.machine import default_workers
 from convexprune._layerwise.processes import require_rendezvous
-from convexprune._recipe_file import RECIPE, given, read_recipe, write_recipe
+from convexprune._recipe_file import RECIPE, given, write_recipe
 from convexprune._runs.executors import AbstractExecutor, make_executor
-from convexprune._runs.folder import REPORT, RunFolder
+from convexprune._runs.folder import REPORT
 from convexprune._schema.functions import Call
 from convexprune._storage.files import write_text
 from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel
 from convexprune.constraints import Block, Grid
-from convexprune.errors import (
-    CalibrationError,
-    ConvexpruneError,
-    DependencyError,
-    ModelError,
-    OutputError,
-    RecipeError,
-)
+from convexprune.errors import CalibrationError, DependencyError, ModelError, OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import Report
 from convexprune.solvers import AbstractSolver, solver_names
@@ -201,11 +195,24 @@ def _refused_export(model: HuggingFaceModel, recipe: Recipe) -> str | None:
 
 
 def check_copies(call: Call) -> None:
-    """Refuse, before any work, a folder in which copies would replace what is not such a copy."""
-    folder = _copies(call)
-    there = [] if folder is None else [name for name in (REPORT, RECIPE) if os.path.lexists(folder / name)]
-    if there and not (call.resume or call.overwrite):
-        raise OutputError(f"{folder} already holds {' and '.join(there)}. Give another report_dir (--save).")
+    """Refuse, before any work, a folder in which copies would replace anything but the copies of the same run."""
+    if (folder := _copies(call)) is None:
+        return
+    if os.path.lexists(folder / CONFIG_NAME):
+        raise OutputError(
+            f"{folder} holds a model, which the report of another run would damage. Give another report_dir (--save)."
+        )
+    there = [name for name in (REPORT, RECIPE) if os.path.lexists(folder / name)]
+    run = None if call.output_dir is None else call.output_dir.expanduser()
+    if run is not None and folder.resolve().is_relative_to(run.resolve()):
+        raise OutputError(
+            f"{folder} lies inside of the result's folder, {run}, which then holds what is not the run's. Give another "
+            "report_dir (--save)."
+        )
+    replaced = run if call.resume or call.overwrite else None
+    foreign = [name for name in there if replaced is None or not _is_copy(folder / name, replaced / name)]
+    if foreign:
+        raise OutputError(f"{folder} already holds {' and '.join(foreign)}. Give another report_dir (--save).")
 
 
 def write_copies(report: Report, call: Call) -> None:
@@ -215,30 +222,16 @@ def write_copies(report: Report, call: Call) -> None:
 
 
 def _copies(call: Call) -> Path | None:
-    """Return the folder for copies of report and recipe, unless it is the result's; refuse what no run wrote."""
+    """Return the folder for copies of report and recipe, unless it is the result's."""
     if call.report_dir is None:
         return None
     if call.output_dir is not None and len({f.expanduser().resolve() for f in (call.report_dir, call.output_dir)}) == 1:
         return None
-    folder = output_folder(call.report_dir, is_staged=False)
-    if os.path.lexists(folder / CONFIG_NAME):
-        raise OutputError(
-            f"{folder} holds a model, which the report of another run would damage. Give another report_dir (--save)."
-        )
-    for name, read in {
-        REPORT: lambda: RunFolder(folder).report(),
-        RECIPE: lambda: read_recipe(folder / RECIPE),
-    }.items():
-        if os.path.lexists(path := folder / name):
-            try:
-                if path.is_symlink():
-                    raise OutputError("a link")
-                read()
-            except ConvexpruneError as cause:
-                raise OutputError(
-                    f"{path} was not written by a run, and is not replaced. Give another report_dir (--save)."
-                ) from cause
-    return folder
+    return output_folder(call.report_dir, is_staged=False)
+
+
+def _is_copy(path: Path, original: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and original.is_file() and cmp(path, original, shallow=False)
 
 
 def require_read(recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from convexprune.pruners import SparseGPT
 from convexprune.validation import _compare as door
 from convexprune.validation import _results as plots
 from convexprune.validation import compare, perplexity
-from convexprune.validation._results import will_draw
+from convexprune.validation._results import _point, will_draw
 from convexprune.validation._side_by_side import Comparison
 from convexprune.validation._variants import CONVENTIONS, make_variants
 
@@ -141,6 +141,15 @@ def test_a_row_is_the_same_whatever_stands_beside_it(folder: Path):
         alone = compared(folder, **own, output=folder / "alone" / row["name"])
         assert without_times(alone["rows"]) == without_times([row])
         assert alone["dense"] == together["dense"]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "columns", "channels", "2:4"])
+def test_every_share_is_a_point_of_its_own(pattern: str):
+    row = {"pattern": pattern, "method": "m", "allocation": "uniform", "quota": "matrix", "convention": "dense-layer"}
+    shares = [0.25, 0.5, 0.502, 0.504] if pattern != "2:4" else [0.5]
+    points = [_point(row | {"asked_sparsity": share, "sparsity": share}) for share in shares]
+    assert len({point["target"] for point in points}) == len(shares)
+    assert {point["kind"] for point in points} == {"N:M" if pattern == "2:4" else pattern}
 
 
 @pytest.mark.long

@@ -116,6 +116,30 @@ def test_an_unfinished_run_is_dropped_only_by_a_run_that_begins(
     assert files(place_of(out)) == before
 
 
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+def test_copies_replace_copies_of_the_same_run_alone(build, tmp_path: Path, option: str):
+    out, logs = tmp_path / "out", tmp_path / "logs"
+    given: dict[str, Any] = {**GIVEN, "output_dir": out, "report_dir": logs}
+    convexprune.prune(build("llama"), **given)
+    convexprune.prune(build("llama"), **given, **{option: True})
+    assert (logs / "report.json").read_bytes() == (out / "report.json").read_bytes()
+    for name in ("recipe.yaml", "report.json"):  # of another run, or written by hand
+        theirs = tmp_path / name.partition(".")[0]
+        theirs.mkdir()
+        (theirs / name).write_bytes((out / name).read_bytes() + b"\n")
+        before = files(theirs)
+        with pytest.raises(errors.OutputError, match=rf"already holds {name}\. Give another report_dir"):
+            convexprune.prune(build("llama"), **given | {"report_dir": theirs}, **{option: True})
+        assert files(theirs) == before
+
+
+def test_copies_do_not_go_inside_of_the_result(build, tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(errors.OutputError, match="inside of the result's folder"):
+        convexprune.prune(build("llama"), **GIVEN, output_dir=out, report_dir=out / "logs")
+    assert not out.exists()
+
+
 def test_copies_of_a_report_do_not_go_into_the_folder_of_a_model(build, done: Path, tmp_path: Path):
     before = files(done)
     with pytest.raises(errors.OutputError, match=r"holds a model.*report_dir \(--save\)"):

@@ -20,7 +20,7 @@ from convexprune.solvers import Status
 from convexprune.solvers._cg import ConjugateGradient
 from convexprune.solvers._fista import FISTA
 from convexprune.validation import Verification, verify
-from convexprune.validation._layer_problems import block, block_problems, solve_by_all
+from convexprune.validation._layer_problems import Solve, SolvedProblem, block, block_problems, solve_by_all
 
 __all__ = ["folder"]  # a fixture of test_cli
 
@@ -164,6 +164,17 @@ def test_what_is_wrong_at_an_exact_fit_is_said(monkeypatch):
     monkeypatch.setattr(ConjugateGradient, "solve", off)
     faults = list(solve_by_all("block", "support", problem).faults(1e-6, 1e-4))
     assert len(faults) == 2 and all(fault.startswith("cg") for fault in faults)
+
+
+def test_an_oracle_that_ends_early_is_no_fault_unless_all_do():
+    def solved(*differences: float) -> list[str]:
+        names = ("cg", "cg, 1e-8", "Clarabel", "OSQP", "scipy")
+        solves = (Solve(name, 1.0, d, 0.0, 0.0, 0.0) for name, d in zip(names, differences, strict=True))
+        return list(SolvedProblem("block", "support", 1, 1, tuple(solves)).faults(1e-6, 1e-4))
+
+    assert not solved(1e-5, 0, 1e-9, 1e-3, float("nan"))
+    assert solved(0, 2e-6, 1e-9, 0, 0) == ["cg, 1e-8: the objective is 2.0e-06 above the least"]
+    assert solved(0, 0, 3e-6, 1e-3, 2e-6) == ["no oracle confirms the least objective: scipy is 2.0e-06 above"]
 
 
 def test_brute_force_refuses_what_is_too_large():
