@@ -70,7 +70,7 @@ def test_a_run_says_what_it_takes_and_what_it_leaves_of_the_preset(tmp_path: Pat
         source, output_dir=tmp_path / "run", on_progress=lambda event: phases.append(event.phase), **settings
     ).report
     said = [phase for phase in phases if phase.startswith("forecast: ")]
-    assert "s on cpu" in said[0] and "of memory" in said[0] and "29.3 in place of 30.8" in said[1]
+    assert "s on cpu" in said[0] and "of memory" in said[0] and "29.4 in place of 30.9" in said[1]
     assert phases.index(said[0]) < phases.index("reading the weights")
     assert report.recipe["preset"] == "best" and report.recipe["prefix"] == "pruned"
     phases.clear()
