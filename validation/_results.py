@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from convexprune.adapters import Likelihood
-from convexprune.constraints import SemiStructured, parse_pattern
+from convexprune.constraints import parse_pattern
 from convexprune.errors import DependencyError, install_hint
 
 from ._variants import Variant
@@ -144,7 +144,7 @@ def name_cells(row: Mapping[str, Any]) -> list[str]:
 def _target(pattern: str, share: str) -> str:
     if pattern == "unstructured":
         return share
-    return pattern if isinstance(parse_pattern(pattern), SemiStructured) else f"{pattern} {share}"
+    return pattern if parse_pattern(pattern).describe() == pattern else f"{pattern} {share}"  # 2:4 has a fixed share
 
 
 def terminal_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]], names: int = len(NAMES)) -> Table:
