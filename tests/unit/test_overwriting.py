@@ -120,8 +120,9 @@ def test_an_unfinished_run_is_dropped_only_by_a_run_that_begins(
 def test_copies_replace_copies_of_the_same_run_alone(build, tmp_path: Path, option: str):
     out, logs = tmp_path / "out", tmp_path / "logs"
     given: dict[str, Any] = {**GIVEN, "output_dir": out, "report_dir": logs}
+    again: dict[str, Any] = {**given, option: True}
     convexprune.prune(build("llama"), **given)
-    convexprune.prune(build("llama"), **given, **{option: True})
+    convexprune.prune(build("llama"), **again)
     assert (logs / "report.json").read_bytes() == (out / "report.json").read_bytes()
     for name in ("recipe.yaml", "report.json"):  # of another run, or written by hand
         theirs = tmp_path / name.partition(".")[0]
@@ -129,7 +130,7 @@ def test_copies_replace_copies_of_the_same_run_alone(build, tmp_path: Path, opti
         (theirs / name).write_bytes((out / name).read_bytes() + b"\n")
         before = files(theirs)
         with pytest.raises(errors.OutputError, match=rf"already holds {name}\. Give another report_dir"):
-            convexprune.prune(build("llama"), **given | {"report_dir": theirs}, **{option: True})
+            convexprune.prune(build("llama"), **again | {"report_dir": theirs})
         assert files(theirs) == before
 
 
