@@ -161,7 +161,7 @@ def check_penalty(penalty: AbstractPenalty, shape: tuple[int, int] = (3, 12), se
     penalty = penalty.to(torch.float64)
     penalty.check(shape)
     target, far = 2 * _normal(seed, *shape), _normal(seed + 1, *shape)
-    require_norm(penalty, penalty.prox(target, 0.01))
+    require_norm(penalty, target)
     scale = penalty.units(_normal(seed + 2, shape[1]).exp())
     for name, error in (*_of_values(penalty, target, far, scale), *_of_duals(penalty, target, far)):
         yield PenaltyCheck(name, error <= CLOSE, error)

@@ -9,9 +9,9 @@ from pydantic import model_validator
 
 from convexprune._layerwise.allocation import check_rule
 from convexprune._layerwise.settings import LayerSettings, Refinement, TokenWeighting
+from convexprune._presets import deviations, intended, makes_types, require_preset
 from convexprune._schema import settings as groups
 from convexprune._schema.group import checked
-from convexprune._schema.presets import PRESETS, Preset, deviations, require_preset
 from convexprune._setting_types import make
 from convexprune.constraints import (
     FAMILIES,
@@ -266,10 +266,9 @@ class Recipe(
 
 def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return defaults that follow from others: rows compete where a method searches and `check_rule` allows it."""
-    mixed = given.get("target") is not None or given.get("quantize") in FAMILIES
-    codes, preset = mixed or given.get("quantize") is not None, PRESETS.get(str(given.get("preset")), Preset())
-    intended = preset.settings(given, given.get("sparsity") != 0 and not mixed, codes)
-    given = intended | {name: value for name, value in given.items() if value is not None}
+    mixed, preset = makes_types(given), intended(given)
+    codes = mixed or given.get("quantize") is not None
+    given = preset | {name: value for name, value in given.items() if value is not None}
     published = given.get("method") == "fistapruner"
     pruner = METHODS.get(str(given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
@@ -288,7 +287,7 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
         "error_correction": alpha or (0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0),
         "error_target": "operator" if published or alpha else "residual_stream",
         "allocation": "curve" if mixed or given.get("bits") is not None else spread,
-        **intended,
+        **preset,
     }
 
 

@@ -19,6 +19,7 @@ from convexprune._container.layouts import LAYOUTS, imported
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
+from convexprune._presets import intended
 from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._recipe_file import GIVEN, read_recipe
@@ -122,6 +123,8 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
         read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())
         excludes = SIZES if (given.get("quantize") or read.quantize) in FAMILIES else EXCLUDES
         gone = {other for name, others in excludes.items() if given.get(name) is not None for other in others}
+        if "preset" in given:  # a folder's recipe names all settings, and the preset replaces its own
+            gone |= intended(read.chosen | given).keys()
         zeros = {} if read.sparsity is None or "pattern" in given else {"sparsity": read.sparsity}
         given = zeros | {name: value for name, value in read.chosen.items() if name not in gone} | given
     call, asked = PRUNE.read(given)

@@ -21,6 +21,7 @@ from convexprune._device.machine import threads as use_threads
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.work import prune_claimed
+from convexprune._presets import PRESETS
 from convexprune._progress import FORECAST, begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, with_sparsity, write_card
@@ -32,7 +33,7 @@ from convexprune._storage.batches import room_on
 from convexprune._storage.files import checksums, sha256, write_json, write_text
 from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel, Inspection
-from convexprune.recipe import PRESETS, Recipe
+from convexprune.recipe import Recipe
 from convexprune.report import OperatorReport, Report
 from convexprune.validation._advice import measured_near
 from convexprune.validation._perplexity import streamed_evaluation

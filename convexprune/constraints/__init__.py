@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 from convexprune.constraints._base import Constraint, Mask, Quota
-from convexprune.constraints._budget import Budget, check_some, column_norms, sizes
+from convexprune.constraints._budget import Budget, check_share, check_some, column_norms, sizes
 from convexprune.constraints._codebook import AnyOf, Codebook, OnGrid
 from convexprune.constraints._coded import Coded, entropy
 from convexprune.constraints._columns import Channels, Columns, Experts, Heads, Layers
@@ -48,6 +48,8 @@ def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "m
     Raises:
         PatternError: the name is unknown, or contradicts `sparsity` or `quota`.
     """
+    if sparsity is not None:
+        check_share(sparsity)
     found = _parsed(pattern, sparsity, quota) if isinstance(pattern, str) else None
     if found is None:
         raise PatternError(
@@ -64,13 +66,15 @@ def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "m
 
 
 def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | None:
-    stack = [re.fullmatch(r"(\d+) rows (.+)", part) for part in text.split("; ")]
+    stack = [re.fullmatch(r"([1-9]\d{0,8}) rows (.+)", part) for part in text.split("; ")]
     if all(stack):
+        if sparsity is not None or quota != "matrix":
+            raise PatternError(f"Pattern {text!r} has shares of its own. Leave sparsity and quota out.")
         parts = [(parse_pattern(match[2]), int(match[1])) for match in stack if match]
         return Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
     support, _, values = text.rpartition(", ")
     if support and (grid := _read_grid(values)) is not None:
-        return Quantized(parse_pattern(support), grid)
+        return Quantized(parse_pattern(support, sparsity, quota), grid)
     for kind in KINDS:
         found = kind.parse(text, sparsity, quota)
         if found is not None:
@@ -98,10 +102,13 @@ def make_grid(name: str, group: int = ROW) -> Codebook:
 
 
 def _read_grid(text: str) -> Codebook | None:
-    if match := re.fullmatch(r"(\S+) bits a weight", text):
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?) bits a weight", text):
         return Coded(float(match[1]))
-    match = re.fullmatch(r"(\w+)( in groups of (\d+)| per output channel)?", text)
-    return make_grid(match[1], int(match[3] or ROW)) if match and match[1] in GRIDS else None
+    match = re.fullmatch(r"(\w+)( in groups of (\d{1,9})| per output channel)?", text)
+    if match is None or match[1] not in GRIDS:
+        return None
+    grid = make_grid(match[1], int(match[3] or ROW))
+    return grid if text in (match[1], str(grid)) else None  # nobody's group is replaced
 
 
 __all__ = ["SemiStructured", "Unstructured", "parse_pattern"]  # for users; rooms take the other names, too

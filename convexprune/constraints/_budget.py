@@ -12,6 +12,8 @@ from convexprune._device.capabilities import is_host
 from convexprune._device.select import kth_smallest
 from convexprune.errors import PatternError
 
+PERCENT = r"(\d+(?:\.\d+)?)%"
+
 
 def check_share(share: object) -> None:
     """Refuse numbers that are no share of zeros."""

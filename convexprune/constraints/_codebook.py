@@ -96,6 +96,10 @@ class Codebook(ABC):
         """Return the nearest steps that a file can have; none is zero."""
         return rounded_scale(step)
 
+    def scale_of(self, quotient: Tensor) -> Tensor:
+        """Return the scale of a file for a stored weight over its code."""
+        return divisible(quotient)
+
     def pack(self, codes: Tensor, scales: Scales) -> Tensor | None:
         """Return the bytes [m ...] of a weight in a file of block grids; None where other files tell the codes."""
         return None
@@ -173,7 +177,7 @@ class Codebook(ABC):
         slack = ROUNDING * max(dtype.eps, torch.finfo(torch.float32).eps) * sizes
         on = largest == 0
         for value in filter(None, self.values):
-            scale = divisible(largest / value)
+            scale = self.scale_of(largest / value)
             on |= ((self.nearest(groups / scale) * scale - groups).abs() <= slack).all(2, keepdim=True)
         return groups.shape[2] * int((~on).sum())
 

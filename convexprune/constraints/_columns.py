@@ -11,6 +11,7 @@ from torch import Tensor
 from convexprune._device.select import kth_smallest
 from convexprune.constraints._base import Mask, Quota
 from convexprune.constraints._budget import (
+    PERCENT,
     Budget,
     check_share,
     check_some,
@@ -40,7 +41,7 @@ class _Share(Mask):
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        match = re.fullmatch(rf"{cls.kind}(?::(\d{{1,9}}))?(?: ([\d.]+)%)?", text)
+        match = re.fullmatch(rf"{cls.kind}(?::(\d{{1,9}}))?(?: {PERCENT})?", text)
         if match is None or (match[1] and not cls.number):
             return None
         if quota != "matrix":

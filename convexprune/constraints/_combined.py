@@ -109,7 +109,8 @@ class Stacked(Constraint):
         return "; ".join(f"{height} rows {kind.describe()}" for kind, height in self._pairs())
 
     def check(self, rows: int, columns: int) -> None:
-        assert rows == sum(self.heights), f"a stack of {self.heights} rows got {rows}"
+        if rows != (accepted := sum(self.heights)):
+            raise PatternError(f"Pattern {self} does not fit a weight [{rows} {columns}]. Accepted: {accepted} rows.")
         for kind, height in self._pairs():
             kind.check(height, columns)
 

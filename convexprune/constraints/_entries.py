@@ -11,7 +11,15 @@ from torch import Tensor
 
 from convexprune._device.select import kth_smallest, largest_of_groups, middle_of_groups
 from convexprune.constraints._base import Constraint, Mask, Quota
-from convexprune.constraints._budget import Budget, check_share, check_some, from_percent, keep_largest, percent
+from convexprune.constraints._budget import (
+    PERCENT,
+    Budget,
+    check_share,
+    check_some,
+    from_percent,
+    keep_largest,
+    percent,
+)
 from convexprune.errors import PatternError
 
 THRESHOLD_SAMPLE = 2**15  # scores: the standard error of a sampled median is 0.3 % of the entries
@@ -43,8 +51,12 @@ class Unstructured(Mask):
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
         if text == "unstructured":
             return cls(0.5 if sparsity is None else sparsity, quota)
-        match = re.fullmatch(r"unstructured ([\d.]+)% per (matrix|row)", text)
-        return None if match is None else cls(from_percent(match[1]), "row" if match[2] == "row" else "matrix")
+        match = re.fullmatch(rf"unstructured {PERCENT} per (matrix|row)", text)
+        if match is None:
+            return None
+        if quota not in ("matrix", match[2]):
+            raise PatternError(f"Pattern {text!r} beside quota={quota!r}. Leave quota out, or take 'unstructured'.")
+        return cls(from_percent(match[1]), "row" if match[2] == "row" else "matrix")
 
     def check(self, rows: int, columns: int) -> None:
         if self.sparsity:
@@ -109,7 +121,7 @@ class SemiStructured(Mask):
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
         if match is None:
             return None
         parsed = cls(int(match[1]), int(match[2]))

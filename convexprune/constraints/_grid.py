@@ -189,3 +189,6 @@ class MXFP4(FP4):
 
     def round_step(self, step: Tensor) -> Tensor:
         return torch.where(step == 0, 1.0, step).abs().log2().round().clamp(-127, 127).exp2()
+
+    def scale_of(self, quotient: Tensor) -> Tensor:
+        return self.round_step(quotient)

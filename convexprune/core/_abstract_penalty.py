@@ -152,9 +152,13 @@ class AbstractPenalty(ABC):
 
 def require_norm(penalty: AbstractPenalty, like: Tensor) -> None:
     """Refuse a penalty without a conjugate that is no norm: its certificates would be wrong."""
-    if penalty.is_convex and type(penalty).conjugate is AbstractPenalty.conjugate:
-        once, twice = penalty.values(like), penalty.values(2 * like)
-        if not torch.allclose(2 * once.sum(), twice.sum(), rtol=1e-3):
+    if not penalty.is_convex or type(penalty).conjugate is not AbstractPenalty.conjugate:
+        return
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    for size in (1e-3, 1.0, 1e3):  # Huber's function, say, is linear only far from zero
+        weight = penalty.prox(size * drawn, 1e-6 * size)  # where p is finite
+        once, twice = penalty.values(weight), penalty.values(2 * weight)
+        if not torch.allclose(2 * once.sum(), twice.sum(), rtol=1e-3, atol=0):
             raise ProblemError(
                 f"{type(penalty).__name__} is no norm: p(2 V) is not 2 p(V). Give it its `conjugate`, p*(S) by row."
             )
@@ -205,6 +209,9 @@ class Scaled(AbstractPenalty):
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
         found = self.penalty.subgradient(weight / self.scale, dual * self._unit)
         return None if found is None else found / self._unit
+
+    def check(self, shape: tuple[int, int]) -> None:
+        self.penalty.check(shape)
 
     def to(self, dtype: torch.dtype) -> Self:
         return type(self)(self.penalty.to(dtype), self.scale, self.factor)

@@ -209,7 +209,9 @@ def skewness(powers: Tensor) -> float:
     count, first, second, third = powers.tolist()
     first, second, third = first / count, second / count, third / count
     variance = second - first**2
-    return (third - 3 * first * second + 2 * first**3) / variance**1.5 if variance > 0 else 0.0
+    if variance <= 1e-12 * second:  # nothing but rounding
+        return 0.0
+    return (third - 3 * first * second + 2 * first**3) / variance**1.5
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

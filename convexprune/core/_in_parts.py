@@ -62,7 +62,7 @@ class InParts(Quadratic):
         return self.known
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return a lower bound of q by row [m] at V."""
+        """Return an upper bound of q by row [m] at V."""
         return super().values(weight, self.known) + self.error * self.moved / 2
 
     @property

@@ -246,7 +246,7 @@ class Moments:
             raise ProblemError(
                 f"Weights {list(weights.shape)} of inputs {list(pruned.shape)}: give one for each token."
             )
-        return pruned.reshape(-1, self.width)
+        return pruned.flatten(0, -2) if pruned.ndim > 1 else pruned[None]
 
     def _require_tokens(self) -> None:
         if self.tokens == 0:

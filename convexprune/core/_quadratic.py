@@ -97,7 +97,7 @@ class Quadratic(SumOfSquares):
             return self
         anchor = None if self.anchor is None else self.anchor.double()
         tensors = self.gram.double(), self.cross.double(), self.energy.double(), anchor
-        return self._as_precise(*tensors)
+        return self._as_precise(*tensors, self.data)
 
     @cached_property
     def unit_free(self) -> tuple[Self, Tensor]:
@@ -208,6 +208,7 @@ class Quadratic(SumOfSquares):
         tensors = self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.anchor
         total = type(self)(*tensors, checked=False, data=self.data and self.data.joined(other.data))
         total._cache.suspect = self._cache.suspect or other._cache.suspect
+        total._cache.precision = max(self._cache.precision, other._cache.precision)
         return total
 
     def __mul__(self, factor: float) -> Self:
@@ -217,7 +218,7 @@ class Quadratic(SumOfSquares):
             )
         tensors = self.gram * factor, self.cross * factor, self.energy * factor, self.anchor
         scaled = type(self)(*tensors, checked=False, data=self.data)
-        scaled._cache.suspect = self._cache.suspect
+        scaled._cache.suspect, scaled._cache.precision = self._cache.suspect, self._cache.precision
         return scaled
 
     __rmul__ = __mul__

@@ -123,7 +123,7 @@ def joined(problems: Sequence[Problem]) -> Problem | None:
     if penalty is None:
         return None
     if any((each.anchor is None) != (quadratics[0].anchor is None) for each in quadratics):
-        quadratics = [each.at(None) for each in quadratics]
+        quadratics = [q if q.anchor is not None else q.at(torch.zeros_like(q.cross), q.cross) for q in quadratics]
     gram = quadratics[0].gram
     if any(each.gram is not gram for each in quadratics):
         return None if len(gram) ** 2 * len(problems) > LARGEST else Problem(SideBySide.of(quadratics), penalty)
@@ -137,7 +137,7 @@ def _joined(quadratics: Sequence[Quadratic], gram: Tensor) -> tuple[Tensor, Tens
     anchors = [each.anchor for each in quadratics if each.anchor is not None]
     given = torch.cat([each._cache.energy for each in quadratics])
     suspect = any(each._cache.suspect for each in quadratics)
-    cache = Cache(gram, quadratics[0]._cache.precision, given, suspect=suspect)
+    cache = Cache(gram, max(each._cache.precision for each in quadratics), given, suspect=suspect)
     return gram, cross, energy, torch.cat(anchors) if anchors else None, None, cache
 
 

@@ -22,7 +22,7 @@ def add_square(total: Tensor, x: Tensor) -> None:
     """
     if not has_wide_sums(x.device):
         x = in_columns(x.to(total))
-    rows = -(-len(total) // STRIPS)
+    rows = -(-len(total) // STRIPS) or 1
     for first in range(0, len(total), rows):
         add_gram(total[first : first + rows, first:], x[:, first : first + rows], x[:, first:])
 

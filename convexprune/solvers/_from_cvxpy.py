@@ -88,7 +88,7 @@ def _terms(atom: Any, factor: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
     kind = type(atom).__name__
     if atom.is_constant():
         return
-    fixed = [each.value for each in atom.args if each.is_constant()]
+    fixed = [_dense(each) for each in atom.args if each.is_constant()]
     if kind == "AddExpression":
         for part in atom.args:
             yield from _terms(part, factor if part.shape == atom.shape else np.full(part.shape, factor.sum()))
@@ -102,6 +102,11 @@ def _terms(atom: Any, factor: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
         yield from _terms(inner, np.broadcast_to(factor * number, inner.shape))
     else:
         yield atom, factor.ravel(order="F")
+
+
+def _dense(expression: Any) -> Any:
+    value = expression.value
+    return value.toarray() if sp.issparse(value) else value
 
 
 class _Parts:
@@ -177,7 +182,7 @@ class _Parts:
         slope = expression.grad[self.x]
         slope = sp.csc_array(np.atleast_2d(slope) if np.isscalar(slope) else slope)
         slope.eliminate_zeros()
-        return slope, np.asarray(expression.value, dtype=float).ravel(order="F")
+        return slope, np.asarray(_dense(expression), dtype=float).ravel(order="F")
 
     def _entries(self, expression: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return the numbers and the factors of the entries that an expression consists of; a factor 0 has number 0."""

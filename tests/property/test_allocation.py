@@ -7,10 +7,19 @@ from typing import Any
 
 import cvxpy as cp
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convexprune.core._allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness, cheapest_points
+from convexprune.core._allocation import (
+    Curve,
+    allocate,
+    allocate_by_outliers,
+    allocate_by_skewness,
+    cheapest_points,
+    skewness,
+    sums_of_powers,
+)
 from convexprune.errors import PatternError
 
 GRID = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -29,6 +38,11 @@ def oracle(units: list[Curve], sparsity: float) -> float:
     problem = cp.Problem(cp.Minimize(cost), [*rules, zeros / total == sparsity])  # pyright: ignore[reportArgumentType]
     problem.solve(solver=cp.CLARABEL)
     return float(problem.value)  # pyright: ignore[reportArgumentType]
+
+
+@given(st.floats(1e-3, 1e3), st.integers(1, 1000))
+def test_weights_of_one_size_have_no_skewness(size: float, count: int):
+    assert skewness(sums_of_powers(torch.full((count,), size))) == 0
 
 
 @given(curves, st.floats(0.31, 0.69))

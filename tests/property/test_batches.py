@@ -1,5 +1,7 @@
 """Problems that are solved in one call, and parts of a problem that leave it: answers are those without both."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,22 @@ def test_a_batch_meets_the_tolerance_problem_by_problem(one_gram: bool):
     for name in ("fista", "admm"):
         for part in make_solver(name, **TIGHT).solve(whole).each:
             assert part.certificate.relative_gap <= 1e-8
+
+
+@pytest.mark.parametrize("one_gram", [True, False])
+def test_anchors_and_rounding_errors_stay_in_a_batch(one_gram: bool):
+    """An energy at an anchor may be far below that at zero, where the difference is lost."""
+    problems = batch(0, one_gram)
+    anchor = random(0, M, N)
+    gram, cross = problems[0].quadratic.gram.clone(), torch.zeros_like(anchor)
+    near = Quadratic(gram, cross, cross[:, 0] + 1e-20, anchor)
+    gram = near.gram if one_gram else problems[1].quadratic.gram
+    single = Quadratic(gram.float(), problems[1].quadratic.cross.float(), problems[1].quadratic.energy.float()).double
+    single = Quadratic(gram, single.cross, single.energy, cache=replace(single._cache, gram=gram), checked=False)
+    whole = joined([Problem(near, L1(0.1)), Problem(single, L1(0.1))])
+    assert whole is not None
+    assert torch.equal(whole.quadratic.energy[:M], near.energy)
+    assert bool((whole.quadratic.rounding[M:] >= single.rounding).all())
 
 
 @pytest.mark.parametrize("one_gram", [True, False])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune.constraints import GRIDS, Quantized, Unstructured, make_grid, parse_pattern
 from convexprune.constraints._codebook import Codebook
-from convexprune.constraints._grid import MXFP4
+from convexprune.constraints._grid import E2M1, MXFP4
 from convexprune.errors import PatternError
 from convexprune.pruners import LayerEdit
 from convexprune.quantizers import QUANTIZERS, Descent
@@ -58,6 +58,11 @@ def test_a_stored_weight_is_known_to_be_on_its_grid(grid: Codebook, dtype: torch
 @given(grids.filter(lambda grid: len(grid.values) <= 16), seeds)
 def test_a_weight_that_is_not_is_counted(grid: Codebook, seed: int):
     assert grid.violation(random(seed, 4, 256)) > 0
+
+
+def test_mxfp4_has_no_scale_between_powers_of_two():
+    codes = torch.tensor(E2M1).repeat(5)[:32].expand(2, 32)
+    assert MXFP4().violation(codes * torch.tensor([[2.0], [1.5]])) == 32
 
 
 @given(st.integers(-20, 20), seeds)

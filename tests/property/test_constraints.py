@@ -2,7 +2,9 @@
 
 import re
 from itertools import product
+from math import nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from strategies import random, seeds
 import convexprune
 from convexprune._layerwise.allocation import ModelAllocation
 from convexprune.constraints import (
+    GRIDS,
     KINDS,
     Budget,
     Channels,
@@ -27,6 +30,7 @@ from convexprune.constraints import (
     SemiStructured,
     Stacked,
     Unstructured,
+    make_grid,
     parse_pattern,
 )
 from convexprune.constraints._grid import ROW
@@ -82,10 +86,35 @@ def test_every_kind_is_described_here():
     assert drawn == {*KINDS, Quantized, Stacked}
 
 
-@pytest.mark.parametrize("text", ["unstructured 50%", "unstructured 150% per row", "columns 0.5", "int4", "x rows 2:4"])
+NONE = (
+    *("unstructured 50%", "unstructured 150% per row", "unstructured 5.0.0% per row", "columns 0.5", "columns .%"),
+    *("int4", "x rows 2:4", "0 rows 2:4", "2:4, x bits a weight", "2:4, mxfp4 in groups of 64", f"{'9' * 5000}:4"),
+)
+
+
+@pytest.mark.parametrize("text", NONE, ids=range(len(NONE)))
 def test_what_is_no_description_is_refused(text: str):
     with pytest.raises(PatternError, match=r"Unknown pattern|outside \[0, 1\)"):
         parse_pattern(text)
+
+
+@pytest.mark.parametrize("given", [{"sparsity": nan}, {"sparsity": "half"}, {"sparsity": 0.25}, {"quota": "row"}])
+@pytest.mark.parametrize("text", ["2:4", "unstructured 50% per matrix", "2 rows 2:4; 1 rows 2:4", "2:4, int4"])
+def test_settings_beside_a_description_that_contradict_it_are_refused(text: str, given: dict[str, Any]):
+    with pytest.raises(PatternError, match=r"sparsity|Sparsity|quota"):
+        parse_pattern(text, **given)
+
+
+def test_a_stack_of_another_height_is_refused():
+    with pytest.raises(PatternError, match="Accepted: 3 rows"):
+        SMALL["stack"].check(4, 32)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("group", [32, ROW])
+def test_a_grid_is_known_by_its_description(name: str, group: int):
+    grid = make_grid(name, group)
+    assert parse_pattern(f"unstructured 0% per matrix, {grid}").grid == grid
 
 
 @given(st.sampled_from(sorted(SMALL)), seeds, st.booleans())

@@ -55,6 +55,8 @@ FORMS = {
     "sizes and a price of zero": (vector(), lambda x: flat(x) + PRICES @ cp.abs(cp.multiply(PRICES - 1, x)), L1),
     "quad_form": (vector(), lambda x: 0.5 * cp.quad_form(x - B[:6, 0], A.T @ A) + cp.norm1(2 * x), L1),
     "a sparse quad_form": (vector(), lambda x: cp.quad_form(x - 1, sp.csc_array(A.T @ A)) + cp.norm1(x), L1),
+    "sparse prices": (matrix(), lambda x: wide(x) + cp.sum(cp.multiply(sp.csc_array(B[:6] ** 2), cp.abs(x))), L1),
+    "sparse targets": (matrix(), lambda x: cp.sum_squares(A @ x - sp.csc_array(B)) / 24 + cp.sum(cp.abs(x)) / 9, L1),
     "ridge": (vector(), lambda x: flat(x) + 0.1 * (cp.norm1(x) + cp.sum(cp.square(x))), L1),
     "non-negative": (vector(nonneg=True), lambda x: flat(x) + 0.1 * cp.norm1(x), ElasticNet),
     "groups": (vector(), lambda x: flat(x) + 0.2 * cp.norm(x[:2], 2) + 0.1 * cp.norm(x[3:], 2), RowGroups),

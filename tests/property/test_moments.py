@@ -25,6 +25,12 @@ def assert_same(first, second, relative=ROUNDING):
         close(getattr(first, name), getattr(second, name), relative)
 
 
+def test_no_inputs_have_no_moments():
+    moments = Moments(0, torch.float64)
+    moments.add(torch.zeros(2, 3, 0))
+    assert moments.tokens == 6 and moments.gram.shape == (0, 0)
+
+
 @given(layers)
 def test_moments_are_means_over_the_tokens(layer):
     x, change, moments = layer.pruned, layer.dense - layer.pruned, layer.moments

@@ -41,6 +41,12 @@ def slow_backward(gram: Tensor, target: Tensor, count: int, block: int) -> list[
     return columns_of(kept, block)
 
 
+def test_no_more_columns_are_exchanged_than_there_are():
+    problem = layer_problem(make_layer("full rank", 4, 8, 0, change=0.5), Columns(0.75))
+    pruned = OSSCAR(exchanged=1.0).prune(problem)
+    assert problem.pattern.violation(pruned.weight) == 0 and int(pruned.mask.sum()) == 8
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("block", [1, 2])
 def test_columns_go_one_by_one_where_least_squares_misses_them_least(seed: int, block: int):

@@ -199,10 +199,23 @@ def test_a_fault_of_a_penalty_is_found(penalty: AbstractPenalty, found: str):
     assert found in [each.name for each in problems.check_penalty(penalty) if not each.passed]
 
 
-def test_a_penalty_that_is_no_norm_needs_its_conjugate():
-    squares = with_fault("values", lambda self, weight: weight.square().sum(1))
+def huber(self: AbstractPenalty, weight: Tensor) -> Tensor:
+    return torch.where(weight.abs() < 1, weight.square() / 2, weight.abs() - 0.5).sum(1)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("values", [lambda self, weight: weight.square().sum(1), huber])
+def test_a_penalty_that_is_no_norm_needs_its_conjugate(values, size: float):
+    cross = size * random(0, M, N)
+    quadratic = Quadratic(torch.eye(N).to(cross), cross, cross.square().sum(1))
     with pytest.raises(ProblemError, match=r"Faulty is no norm.*conjugate"):
-        Problem(make_layer("full rank", M, N, 0).quadratic(), squares)
+        Problem(quadratic, with_fault("values", values))
+
+
+def test_a_multiple_of_a_penalty_does_not_fit_where_the_penalty_does_not():
+    multiple = Scaled(L1(torch.ones(N + 1)), 1.0, 2.0)
+    with pytest.raises(ProblemError, match="broadcast"):
+        Problem(make_layer("full rank", M, N, 0).quadratic(), multiple)
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,23 @@ def test_double_is_the_same_function_in_float64():
     close(single.double.values(layer.weight * 2), quadratic.values(layer.weight * 2), 1e-6)  # float32 data
 
 
+def test_what_is_made_of_a_quadratic_has_its_rounding_errors_and_its_arrays():
+    layer = make_layer("full rank", 2, 3, seed=0)
+    exact = layer.quadratic().at(None)
+    single = Quadratic(exact.gram.float(), exact.cross.float(), exact.energy.float()).double
+    least = 4 * torch.finfo(torch.float32).eps / 2 * exact.energy
+    for made, factor in ((single + exact, 2), (exact + single, 2), (3 * single, 3), (single, 1)):
+        assert bool((made.rounding >= 0.99 * factor * least).all())
+    flat = Quadratic.least_squares(layer.pruned.float().numpy(), layer.targets()[:, 0].float().numpy())
+    assert flat.data == flat.double.data is not None
+
+
+def test_about_an_anchor_far_away_the_resolution_is_that_of_the_energy_there():
+    quadratic = make_layer("full rank", 2, 3, seed=0).quadratic()
+    far = quadratic.at(1e6 * random(0, 2, 3))
+    assert bool((far.rounding >= 4 * torch.finfo(torch.float64).eps / 2 * far.energy).all())
+
+
 @pytest.mark.parametrize(
     ("name", "tensors"),
     {

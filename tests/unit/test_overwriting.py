@@ -128,9 +128,9 @@ def test_copies_replace_copies_of_the_same_run_alone(build, tmp_path: Path, opti
         theirs = tmp_path / name.partition(".")[0]
         theirs.mkdir()
         (theirs / name).write_bytes((out / name).read_bytes() + b"\n")
-        before = files(theirs)
+        before, there = files(theirs), dict[str, Any](again, report_dir=theirs)
         with pytest.raises(errors.OutputError, match=rf"already holds {name}\. Give another report_dir"):
-            convexprune.prune(build("llama"), **again | {"report_dir": theirs})
+            convexprune.prune(build("llama"), **there)
         assert files(theirs) == before
 
 

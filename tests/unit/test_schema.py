@@ -17,13 +17,14 @@ from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._api import calls
 from convexprune._layerwise.allocation import RULES
+from convexprune._presets import PRESETS
 from convexprune._recipe_file import read_recipe, write_recipe
 from convexprune._schema import functions as doors
 from convexprune._schema.group import load_yaml
 from convexprune._schema.parameters import RECIPE, Parameters, documented
 from convexprune._schema.settings import GROUPS
 from convexprune.pruners import METHODS
-from convexprune.recipe import PRESETS, SOLVERS, Recipe, make_recipe
+from convexprune.recipe import SOLVERS, Recipe, make_recipe
 
 FUNCTIONS: dict[str, tuple[Any, Parameters[Any]]] = {
     "prune": (convexprune.prune, doors.PRUNE),
@@ -216,6 +217,14 @@ MIXED = {"quantize": "compressed-tensors"}
 def test_a_recipe_of_one_size_keeps_its_layout_and_its_zeros(then: dict[str, Any], beside: dict[str, Any], now: Any):
     recipe = make_recipe(model="a", dataset="b", **then)
     assert make_recipe(**calls._asked(beside, recipe)[1]) == make_recipe(model="a", dataset="b", **now)
+
+
+@pytest.mark.parametrize("preset", ["fast", "best", "balanced"])
+def test_a_preset_beside_the_recipe_of_a_run_counts(preset: str, tmp_path: Path):
+    """A folder's recipe names all settings, those with their default, too."""
+    write_recipe(make_recipe(model="a", dataset="b", seed=3), tmp_path)
+    asked = calls._asked({"preset": preset, "sparsity": 0.6}, tmp_path)[1]
+    assert make_recipe(**asked) == make_recipe(model="a", dataset="b", seed=3, sparsity=0.6, preset=preset)
 
 
 def test_a_result_is_not_written_into_the_folder_of_the_model_that_a_recipe_names(dense: Path):

@@ -57,7 +57,8 @@ class OSSCAR(AbstractPruner):
     def _choice(self, gram: Tensor, target: Tensor, count: int, block: int) -> Tensor:
         """Choose the kept columns [n], `count` blocks fewer than all."""
         kept = backward(gram, target, count, block)
-        size, value = int(self.exchanged * count), explained(gram, target, kept)
+        size = min(int(self.exchanged * count), int(kept.sum()) // block)  # no more can go than are kept
+        value = explained(gram, target, kept)
         while size > 0:
             found = exchange(gram, target, kept, size, block)
             better = explained(gram, target, found)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from convexprune.constraints import FAMILIES
 from convexprune.errors import RecipeError, unknown
 
 
@@ -16,14 +17,21 @@ class Preset(NamedTuple):
     own_codes: Mapping[str, Any] = {}  # by our quantizer
     cost: str = ""  # measured, in words
 
-    def settings(self, given: Mapping[str, Any], sparse: bool, codes: bool) -> dict[str, Any]:
-        """Return the settings that apply to a run that makes zeros, codes, or both."""
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that apply to a run with the `given` settings."""
+        sparse = given.get("sparsity") != 0 and not makes_types(given)
+        codes = makes_types(given) or given.get("quantize") is not None
         pattern = str(given.get("pattern", "unstructured"))
         whole = sparse and pattern == "unstructured" and given.get("quota", "matrix") == "matrix"
         zeros = sparse and (pattern == "unstructured" or (":" in pattern and pattern[0].isdigit()))
         found = {**self.all, **(self.zeros if zeros else {}), **(self.unstructured if whole else {})}
         ours = codes and given.get("quantizer", "descent") == "descent"
         return {**found, **(self.codes if codes else {}), **(self.own_codes if ours else {})}
+
+
+def makes_types(given: Mapping[str, Any]) -> bool:
+    """Return whether a run chooses a type for each operator, by a size."""
+    return given.get("target") is not None or given.get("quantize") in FAMILIES
 
 
 PUBLISHED = {"method": "fistapruner", "prefix": "dense", "error_correction": 1.0, "error_target": "operator"}
@@ -44,6 +52,11 @@ PRESETS = {
 }
 
 
+def intended(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the preset of a run has for such a run."""
+    return PRESETS.get(str(given.get("preset")), Preset()).settings(given)
+
+
 def require_preset(name: str | None, settings: Mapping[str, Any]) -> None:
     """Refuse an unknown preset, and settings beside `fistapruner` that are not those published."""
     if name is not None and name not in PRESETS:
@@ -59,8 +72,8 @@ def require_preset(name: str | None, settings: Mapping[str, Any]) -> None:
 def deviations(name: str | None, settings: Mapping[str, Any]) -> str | None:
     """Say which settings are not those of a preset, because they were given; or that it has none for such a run."""
     preset = PRESETS.get(name or "balanced", Preset())
-    intended = preset.settings(settings, settings["sparsity"] != 0, settings["quantize"] is not None)
-    if any(preset[:-1]) and not intended:
+    wanted = preset.settings(settings)
+    if any(preset[:-1]) and not wanted:
         return f"preset={name!r} changes nothing here: it has settings for other runs only (docs/choose.md)."
-    others = [f"{n}={settings[n]!r}, not {value!r}" for n, value in intended.items() if settings[n] != value]
+    others = [f"{n}={settings[n]!r}, not {value!r}" for n, value in wanted.items() if settings[n] != value]
     return f"preset={name!r} with settings that were given: {'; '.join(others)}." if others else None
