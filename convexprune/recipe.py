@@ -9,9 +9,9 @@ from pydantic import model_validator
 
 from convexprune._layerwise.allocation import check_rule
 from convexprune._layerwise.settings import LayerSettings, Refinement, TokenWeighting
-from convexprune._presets import deviations, intended, makes_types, require_preset
 from convexprune._schema import settings as groups
 from convexprune._schema.group import checked
+from convexprune._schema.presets import deviations, intended, makes_types, require_preset
 from convexprune._setting_types import make
 from convexprune.constraints import (
     FAMILIES,

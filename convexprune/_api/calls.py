@@ -19,7 +19,6 @@ from convexprune._container.layouts import LAYOUTS, imported
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
-from convexprune._presets import intended
 from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._recipe_file import GIVEN, read_recipe
@@ -28,6 +27,7 @@ from convexprune._runs.executors import check_patterns
 from convexprune._runs.folder import RunFolder
 from convexprune._schema.functions import PERMUTE, PRUNE, Call
 from convexprune._schema.parameters import UNSET, documented
+from convexprune._schema.presets import intended
 from convexprune._storage.failures import working
 from convexprune._storage.files import named
 from convexprune._storage.staging import Staging

@@ -21,7 +21,6 @@ from convexprune._device.machine import threads as use_threads
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.work import prune_claimed
-from convexprune._presets import PRESETS
 from convexprune._progress import FORECAST, begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, with_sparsity, write_card
@@ -29,6 +28,7 @@ from convexprune._rendering.page import page
 from convexprune._runs.executors import Job
 from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder, identity
 from convexprune._schema.functions import Call
+from convexprune._schema.presets import PRESETS
 from convexprune._storage.batches import room_on
 from convexprune._storage.files import checksums, sha256, write_json, write_text
 from convexprune._storage.staging import output_folder

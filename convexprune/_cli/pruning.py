@@ -142,7 +142,7 @@ def show_inspection(inspection: "Inspection", as_json: bool) -> None:
 @app.command("list")
 def names(as_json: AsJson = False) -> None:
     """Families, solvers, methods, presets and patterns that there are."""
-    from convexprune._presets import PRESETS
+    from convexprune._schema.presets import PRESETS
     from convexprune.adapters import TESTED
     from convexprune.pruners import METHODS
     from convexprune.quantizers import QUANTIZERS

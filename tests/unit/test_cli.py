@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._cli import application
-from convexprune._presets import PRESETS
+from convexprune._schema.presets import PRESETS
 from convexprune._storage.failures import writing
 from convexprune.adapters import TESTED, HuggingFaceModel
 from convexprune.pruners import PRUNERS

@@ -9,6 +9,8 @@ from runs import SETTINGS
 from test_gguf import RUN, built
 
 import convexprune
+from convexprune._schema.presets import intended
+from convexprune.constraints import FAMILIES
 from convexprune.errors import RecipeError
 from convexprune.recipe import make_recipe
 
@@ -48,6 +50,11 @@ def test_a_preset_is_a_few_settings_and_what_is_given_counts(asked: dict[str, An
     said = recipe.deviations or ""
     assert ("settings that were given" in said) == ("method" in asked)
     assert ("changes nothing here" in said) == (asked["preset"] == "best" and asked.keys() - {"preset"} == same.keys())
+
+
+@pytest.mark.parametrize("quantize", FAMILIES)
+def test_a_layout_chooses_types_by_a_size(quantize: str):
+    assert intended({"preset": "best", "quantize": quantize}) == {"prefix": "pruned", "token_weights": "loss"}
 
 
 @pytest.mark.parametrize("quantize", ["gguf", "compressed-tensors"])

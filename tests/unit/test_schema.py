@@ -17,11 +17,11 @@ from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._api import calls
 from convexprune._layerwise.allocation import RULES
-from convexprune._presets import PRESETS
 from convexprune._recipe_file import read_recipe, write_recipe
 from convexprune._schema import functions as doors
 from convexprune._schema.group import load_yaml
 from convexprune._schema.parameters import RECIPE, Parameters, documented
+from convexprune._schema.presets import PRESETS
 from convexprune._schema.settings import GROUPS
 from convexprune.pruners import METHODS
 from convexprune.recipe import SOLVERS, Recipe, make_recipe

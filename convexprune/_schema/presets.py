@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from convexprune.constraints import FAMILIES
 from convexprune.errors import RecipeError, unknown
 
 
@@ -29,9 +28,12 @@ class Preset(NamedTuple):
         return {**found, **(self.codes if codes else {}), **(self.own_codes if ours else {})}
 
 
+LAYOUTS = ("gguf", "compressed-tensors")  # the keys of `convexprune.constraints.FAMILIES`, which is a floor above
+
+
 def makes_types(given: Mapping[str, Any]) -> bool:
     """Return whether a run chooses a type for each operator, by a size."""
-    return given.get("target") is not None or given.get("quantize") in FAMILIES
+    return given.get("target") is not None or given.get("quantize") in LAYOUTS
 
 
 PUBLISHED = {"method": "fistapruner", "prefix": "dense", "error_correction": 1.0, "error_target": "operator"}
