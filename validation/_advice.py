@@ -114,8 +114,10 @@ class Advice:
         yield from self.notes
         best = next((each for each in self.ways if each.reaches), None)
         if best is None:
-            files = "a file above that is small enough, " if self.files else ""
-            yield f"No measured way reaches {self.target}: take {files}a smaller model, or --bits after channels."
+            yield f"No measured way reaches {self.target}. Take a smaller model, or --bits after channels."
+            if self.files:
+                least = min(least for least, _ in self.files.values())
+                yield f"The smallest of the files above has {least:,} bytes. Their quality is not forecast."
             return
         if not best.commands:
             yield f"{self.target}: {best.way.name}. Nothing has to be done."

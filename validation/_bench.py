@@ -149,7 +149,8 @@ def _generation(
     step, found = begin("timing generation", len(others)), []
     batches = dict.fromkeys(asked.batches)  # each once
     reference = _converted(model, linears, formats[dense])
-    prompt = max(1, min(asked.prompt, model.max_positions - asked.new_tokens))
+    prompt = min(asked.prompt, model.max_positions)
+    new_tokens = max(1, min(asked.new_tokens, model.max_positions - 1))  # after a single token
     seconds = asked.seconds / (len(others) * (1 + len(batches)))
     for name in others:
         pair = {dense: reference, name: _converted(model, linears, formats[name])}
@@ -157,7 +158,7 @@ def _generation(
         prefills = {n: partial(m, tokens, use_cache=False) for n, m in pair.items()}
         kinds: list[Any] = [("prefill", 1, prompt, prefills, lambda _: 1)]
         for b in batches:
-            decodes = {n: _decode(m, b, asked.new_tokens, device, seconds) for n, m in pair.items()}
+            decodes = {n: _decode(m, b, new_tokens, device, seconds) for n, m in pair.items()}
             kinds.append(("decode", b, b, decodes, _new_tokens))
         for what, batch, count, runs, often in kinds:
             times = time_in_turns(runs, device, seconds, often)

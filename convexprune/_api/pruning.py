@@ -231,10 +231,7 @@ class InFolder(Request):
         report.files = checksums(place)
         report.bytes = sum((place / name).stat().st_size for name in report.files)
         if self.call.pack:
-            packed = pack_in_place(place, report.files, [operator.name for operator in report.operators])
-            report.packed = {"before": packed.before, "after": packed.after, "bits": packed.bits}
-            report.packed |= {} if packed.operator_bits is None else {"operator_bits": packed.operator_bits}
-            report.bytes = packed.after
+            pack_in_place(place, report.files, [operator.name for operator in report.operators]).tell(report)
 
     def _check_finished(self) -> None:
         """Check that a finished result is whole, and warn if it was evaluated on a different text."""

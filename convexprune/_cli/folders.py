@@ -97,6 +97,7 @@ def report(
 ) -> None:
     """Write the page of a run. Errors, zeros, certificates and next steps, as a single HTML file without a network."""
     with stoppable():
+        from convexprune._container.folder import holds_pack, measured, source_files
         from convexprune._container.provenance import require_as_written
         from convexprune._rendering.page import check_page, page
         from convexprune._runs.folder import PAGE, RunFolder
@@ -107,6 +108,9 @@ def report(
         place = check_page(output or folder / PAGE)
         if any((folder / name).exists() for name in report.files):  # no copy of the report alone
             require_as_written(folder, allow_changed)
+        if report.packed is None and holds_pack(folder):  # packed after its run
+            _, files = source_files(folder)
+            measured(folder, files, [operator.name for operator in report.operators]).tell(report)
         write_text(place, page(report, str(folder)))
     if as_json:
         print_json({"page": str(place.resolve())})

@@ -35,6 +35,7 @@ from convexprune._storage.files import (
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, entries
 from convexprune.errors import ConvexpruneError, ModelError, OutputError
+from convexprune.report import Report
 
 Convert = Callable[[Path, Path], None]
 """Writes what is made of the file at a path to another one."""
@@ -67,6 +68,12 @@ class Packed:
         """Bits a weight of the operators, if they are known, and of all that is packed."""
         own = "" if self.operator_bits is None else f"{self.operator_bits:.2f} of the operators, "
         return f"bits a weight: {own}{self.bits:.2f} of all"
+
+    def tell(self, report: Report) -> None:
+        """Put the sizes into a report."""
+        report.packed = {"before": self.before, "after": self.after, "bits": self.bits}
+        report.packed |= {} if self.operator_bits is None else {"operator_bits": self.operator_bits}
+        report.bytes = self.after
 
 
 def measured(folder: Path, names: Iterable[Path], operators: Iterable[str] = ()) -> Packed:

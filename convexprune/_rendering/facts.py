@@ -116,6 +116,9 @@ def _quantized(report: Report, stored: str) -> Iterator[Fact]:
     elif report.recipe.get("quantize") is not None:
         grids = sorted({operator.pattern.rpartition(", ")[2] for operator in report.operators})
         yield Fact("values", f"{', '.join(grids)}, by {by}; stored as {stored}")
+    if report.ends:
+        kinds = ", ".join(f"{name} {kind}" for name, kind in report.ends.items())
+        yield Fact("embedding and head", f"{kinds}, by {by}; stored as {stored}")
 
 
 def _removed(report: Report) -> Iterator[Fact]:

@@ -142,7 +142,9 @@ class Bench(Reading):
         (1, 8, 64), "Sequences that are generated at once, as 1,8,64.", "--batch", min_length=1
     )
     prompt: int = setting(512, "Tokens of a prompt; fewer if the model cannot see as many.", ge=1)
-    new_tokens: int = setting(8, "Tokens to generate in each round; fewer of what takes long.", ge=1)
+    new_tokens: int = setting(
+        8, "Tokens to generate in each round; fewer of what takes long, or if the model cannot see as many.", ge=1
+    )
     seconds: float = setting(
         15.0,
         "Seconds to share out among what is timed; less than a round takes is a round. More make it less noisy.",

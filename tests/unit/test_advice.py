@@ -64,7 +64,10 @@ def test_the_command_says_what_to_run_or_that_nothing_reaches_it(folder: Path):
     result = CliRunner().invoke(app, ["advise", str(folder), "--bits", "15"])
     assert result.exit_code == 0 and f"convexprune pack {folder} OUT" in result.stdout
     assert "An estimate, by measurements on SmolLM2-135M" in result.stdout
-    assert "No measured way reaches" in CliRunner().invoke(app, ["advise", str(folder), "--bits", "0.5"]).stdout
+    nothing = CliRunner().invoke(app, ["advise", str(folder), "--bits", "0.5"]).stdout
+    assert "No measured way reaches" in nothing
+    smallest = min(least for least, _ in advise(folder, bits=0.5).files.values())
+    assert f"The smallest of the files above has {smallest:,} bytes" in " ".join(nothing.split())
     result = CliRunner().invoke(app, ["advise", str(folder), "--bits", "15", "--json"])
     assert json.loads(result.stdout)["ways"][0]["reaches"] is True
 

@@ -62,6 +62,21 @@ def test_a_batch_is_timed_once_and_rates_are_of_the_least(tiny_llama: HuggingFac
     assert found.verdict()[-1].startswith("Tokens/s at batch 2 on cpu, 1 threads: float32 ")
 
 
+def test_prompts_and_generation_end_where_the_model_cannot_see_on(tiny_llama: HuggingFaceModel, monkeypatch):
+    longest, generate = [], type(tiny_llama.model).generate
+
+    def watched(model, *args, **options):
+        longest.append(options["max_new_tokens"])
+        return generate(model, *args, **options)
+
+    monkeypatch.setattr(type(tiny_llama.model), "generate", watched)
+    monkeypatch.setattr(HuggingFaceModel, "max_positions", 8)
+    found = bench(tiny_llama.model, batches=(1,), prompt=512, new_tokens=64, seconds=0.1)
+    rates = [t.tokens_per_second * t.milliseconds / 1e3 for t in found.timings if t.what == "prefill"]
+    assert rates == [pytest.approx(8)] * len(rates)
+    assert set(longest) == {7}
+
+
 def test_a_product_that_this_torch_lacks_is_left_out_and_told(tiny_llama: HuggingFaceModel, monkeypatch):
     monkeypatch.setattr(Int8, "product", lambda self, x: torch.ops.aten._no_such_product(x, self.codes, self.scale))
     found = bench(tiny_llama.model, batches=(1,), prompt=4, new_tokens=1, seconds=0.1)

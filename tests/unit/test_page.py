@@ -128,6 +128,21 @@ def test_the_page_of_an_older_report_or_of_a_pack_is_written(run: Path):
     assert "1.0 MB, packed from 2.00 GB" in page(packed) and "convexprune unpack DIR MODEL" in page(packed)
 
 
+def test_the_page_of_a_result_packed_later_tells_its_sizes_and_how_to_unpack_it(run: Path, tmp_path: Path):
+    packed = convexprune.pack(run, tmp_path / "pack")
+    result = CliRunner().invoke(cli.app, ["report", str(packed.output_dir), "--output", str(tmp_path / "page.html")])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "page.html").read_text()
+    assert f"convexprune unpack {packed.output_dir} MODEL" in text and "convexprune eval" not in text
+    assert f"{packed.operator_bits:.2f} of the operators, {packed.bits:.2f} of all" in text
+
+
+def test_embedding_and_head_on_a_grid_are_told(run: Path):
+    told = next(fact for fact in facts(replace(_report(run), ends={"lm_head": "int8"})) if "head" in fact.name)
+    assert told.text.startswith("lm_head int8, by descent")
+    assert not any("head" in fact.name for fact in facts(_report(run)))
+
+
 def test_who_asked_for_no_zeros_is_shown_none(run: Path):
     text = page(_with(_report(run), expected_zeros=0))
     assert "Who has the zeros" in page(_report(run)) and "Who has the zeros" not in text
