@@ -65,7 +65,10 @@ class Recipe(
             )
         pattern = self.build_pattern()
         grid = pattern.grid
-        if Refinement.parse(self.refine) is not None and grid is not None and not isinstance(grid, Grid):
+        refines = Refinement.parse(self.refine) is not None
+        if refines and grid is None and self.sparsity == 0 and not self.rules:
+            raise RecipeError(f"refine={self.refine!r} repairs, and a sparsity of 0 breaks nothing. Leave refine out.")
+        if refines and grid is not None and not isinstance(grid, Grid):
             raise RecipeError(
                 f"refine={self.refine!r} moves the scales of whole numbers, int8 to int3, and {grid} is another grid. "
                 "Leave refine out."
@@ -119,10 +122,7 @@ class Recipe(
     def _on_grid(self, support: Constraint) -> Constraint:
         if self.quantize in FAMILIES:
             if (self.target is None) == (self.bits is None):
-                raise RecipeError(
-                    f"quantize={self.quantize!r} chooses types for a size: give target (900MB, say) or bits, one of "
-                    "them."
-                )
+                raise RecipeError(f"quantize={self.quantize!r} takes a size: target (900MB, say) or bits, one of them.")
             return Quantized(support, FAMILIES[self.quantize])
         if self.target is not None:
             known = " or ".join(map(repr, FAMILIES))

@@ -70,7 +70,11 @@ class Packed:
         return f"bits a weight: {own}{self.bits:.2f} of all"
 
     def tell(self, report: Report) -> None:
-        """Put the sizes into a report."""
+        """Put the sizes into a report.
+
+        Args:
+            report: Report of the pruned folder; `packed` and `bytes` of it are set.
+        """
         report.packed = {"before": self.before, "after": self.after, "bits": self.bits}
         report.packed |= {} if self.operator_bits is None else {"operator_bits": self.operator_bits}
         report.bytes = self.after

@@ -31,6 +31,7 @@ from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.work import Work, prune_claimed
 from convexprune._runs.folder import differences
+from convexprune._schema.functions import EXECUTORS
 from convexprune._storage.batches import room_on
 from convexprune._storage.failures import working
 from convexprune.report import OnOperator
@@ -225,9 +226,6 @@ class OnRay(AbstractExecutor):
         finally:
             for task in waiting:
                 ray.cancel(task, force=True)
-
-
-EXECUTORS = ("serial", "pool", "ranks", "ray")
 
 
 def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:

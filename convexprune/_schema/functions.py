@@ -14,6 +14,7 @@ from convexprune.errors import OutputError, RecipeError
 TASKS = setting((), "Tasks of lm-eval to measure accuracy on, as hellaswag,arc_easy (needs lm-eval).", first=True)
 TASKS_DIR = setting(None, "Folder with task files of your own, as lm-eval reads them.", first=True)
 TASK_BATCH = 8
+EXECUTORS = ("serial", "pool", "ranks", "ray")
 TOKENIZER = setting(
     None, "Of a loaded model, to read text: an object of transformers, or its folder or name (in Python)."
 )
@@ -245,7 +246,7 @@ class Call(Progress, Output, Opening):
         "SLURM, all started with this same call; ray (needs Ray). All but serial need an output folder that all of "
         "them see, and a model that can be opened there. With the prefix pruned layers wait for each other: ranks then "
         "share out the samples of each layer.",
-        choices=("serial", "pool", "ranks", "ray"),
+        choices=EXECUTORS,
     )
     workers: int | None = setting(
         None,

@@ -33,10 +33,11 @@ class AbstractSearch(AbstractPruner):
     """Search scores on the damped problem, keep the largest scores by the pattern, and refit the values.
 
     The search works in the coordinates of `saliency_coordinates`. `damping` is the r of r/2 sum_ij H_jj (V - W)_ij^2,
-    in the search and in the refit; None follows the sample's noise (`choose_damping`). A search for whole columns adds
-    `COLUMNS`: a column is worth the part that the rest cannot compensate, and compensation differs between texts
-    (lab/tried.md has the figures). If the problem has the loss's need of every column, the need chooses, without a
-    search. `refit` is the solver of the values; None keeps the scores on the support.
+    in the search and in the refit; None follows the sample's noise (`choose_damping`). Then a search for whole columns
+    takes `COLUMNS` in its place, and the refit does not: a column is worth the part that the rest cannot compensate,
+    and compensation differs between texts (lab/tried.md has the figures). If the problem has the loss's need of every
+    column, the need chooses, without a search. `refit` is the solver of the values; None keeps the scores on the
+    support.
     """
 
     refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(scale=False))

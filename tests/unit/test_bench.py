@@ -1,6 +1,7 @@
 """Formats multiply by the weight that they were given, and `bench` times them in turns."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -63,13 +64,14 @@ def test_a_batch_is_timed_once_and_rates_are_of_the_least(tiny_llama: HuggingFac
 
 
 def test_prompts_and_generation_end_where_the_model_cannot_see_on(tiny_llama: HuggingFaceModel, monkeypatch):
-    longest, generate = [], type(tiny_llama.model).generate
+    cls: Any = type(tiny_llama.model)
+    longest, generate = [], cls.generate
 
     def watched(model, *args, **options):
         longest.append(options["max_new_tokens"])
         return generate(model, *args, **options)
 
-    monkeypatch.setattr(type(tiny_llama.model), "generate", watched)
+    monkeypatch.setattr(cls, "generate", watched)
     monkeypatch.setattr(HuggingFaceModel, "max_positions", 8)
     found = bench(tiny_llama.model, batches=(1,), prompt=512, new_tokens=64, seconds=0.1)
     rates = [t.tokens_per_second * t.milliseconds / 1e3 for t in found.timings if t.what == "prefill"]

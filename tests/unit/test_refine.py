@@ -203,9 +203,16 @@ def test_a_resumed_run_has_the_same_bits(dense: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "given",
-    [{"refine": "model"}, {"refine": "none:adam"}, {"refine": "layer:sgd"}, {"refine": "layer", "quantize": "nf4"}],
+    [
+        {"refine": "model"},
+        {"refine": "none:adam"},
+        {"refine": "layer:sgd"},
+        {"refine": "layer", "quantize": "nf4"},
+        {"refine": "layer", "sparsity": 0.0},
+    ],
 )
 def test_other_requests_are_refused(given: dict[str, Any]):
     with pytest.raises(RecipeError, match="refine"):
         make_recipe(**given)
+    make_recipe(refine="layer", sparsity=0.0, rules=[{"targets": ["q_proj"], "sparsity": 0.5}])
     assert make_recipe(refine="layer", quantize="int4").layer_settings().refinement == Refinement(False, "adam")
