@@ -122,7 +122,9 @@ class Recipe(
     def _on_grid(self, support: Constraint) -> Constraint:
         if self.quantize in FAMILIES:
             if (self.target is None) == (self.bits is None):
-                raise RecipeError(f"quantize={self.quantize!r} takes a size: target (900MB, say) or bits, one of them.")
+                raise RecipeError(
+                    f"quantize={self.quantize!r} takes a size: give target (900MB, say) or bits, one of them."
+                )
             return Quantized(support, FAMILIES[self.quantize])
         if self.target is not None:
             known = " or ".join(map(repr, FAMILIES))

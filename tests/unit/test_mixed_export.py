@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
     both = {"target": "1MB", "bits": 4}
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"target": "1KB"}, "Accepted: "),
-        ({}, "takes a size: target"),
+        ({}, "give target"),
         (both, "one of them"),
     ]
     for settings, told in wrong:
