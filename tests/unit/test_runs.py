@@ -46,6 +46,8 @@ def test_an_unfinished_run_is_never_overwritten_and_goes_on_when_asked(dense, st
     assert set(pruned) == {"model.layers.2", "model.layers.3"}  # what was finished is not redone
     assert [event.report for event in events if event.report is not None] == result.report.operators
     assert {(event.total, event.earlier) for event in events if event.phase == "pruning"} == {(7 * LAYERS, 7 * 2)}
+    earlier = sum(operator.seconds for operator in result.report.operators[: 7 * 2])
+    assert result.report.seconds["solves of earlier calls"] == pytest.approx(earlier)
     assert checksums(stopped) == expected
 
 
