@@ -209,6 +209,7 @@ class Quadratic(SumOfSquares):
         total = type(self)(*tensors, checked=False, data=self.data and self.data.joined(other.data))
         total._cache.suspect = self._cache.suspect or other._cache.suspect
         total._cache.precision = max(self._cache.precision, other._cache.precision)
+        total._cache.energy = self.resolved + other.resolved
         return total
 
     def __mul__(self, factor: float) -> Self:
@@ -219,6 +220,7 @@ class Quadratic(SumOfSquares):
         tensors = self.gram * factor, self.cross * factor, self.energy * factor, self.anchor
         scaled = type(self)(*tensors, checked=False, data=self.data)
         scaled._cache.suspect, scaled._cache.precision = self._cache.suspect, self._cache.precision
+        scaled._cache.energy = self.resolved * factor
         return scaled
 
     __rmul__ = __mul__

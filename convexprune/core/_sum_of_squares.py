@@ -165,7 +165,12 @@ class SumOfSquares:
     @property
     def rounding(self) -> Tensor:
         """Return the resolution of q [m]: four rounding errors of the energy, in the given dtype."""
-        return 4 * self._cache.precision * torch.maximum(self._cache.energy.to(self.energy), self.energy)
+        return 4 * self._cache.precision * self.resolved
+
+    @property
+    def resolved(self) -> Tensor:
+        """Return the largest energy [m] whose rounding is in q: the given one, or that about the anchor."""
+        return torch.maximum(self._cache.energy.to(self.energy), self.energy)
 
     @property
     def is_sum_of_squares(self) -> bool:

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import corrections, layers, make_layer, random, seeds, sizes
 
+from convexprune import L1, Problem, certify
 from convexprune._device.capabilities import MKLDNN_CHECKS, has_bfloat16
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError
@@ -258,6 +259,16 @@ def test_about_an_anchor_far_away_the_resolution_is_that_of_the_energy_there():
     quadratic = make_layer("full rank", 2, 3, seed=0).quadratic()
     far = quadratic.at(1e6 * random(0, 2, 3))
     assert bool((far.rounding >= 4 * torch.finfo(torch.float64).eps / 2 * far.energy).all())
+
+
+def test_sums_and_multiples_of_what_was_written_about_an_anchor_keep_its_rounding_errors():
+    weight, strength = random(1, 2, 6).float(), torch.full((6,), 1e-9)
+    x = random(0, 40, 6).float()
+    stored = Quadratic.least_squares(x, x @ weight.T)
+    damping = Quadratic.damping(weight, strength)
+    gap = certify(Problem(stored, L1(1e-12)), weight).gap
+    for made in (1.0 * stored.at(weight), damping + stored, damping + 0.5 * stored + 0.5 * stored.at(weight)):
+        assert certify(Problem(made, L1(1e-12)), weight).gap >= 0.99 * gap
 
 
 @pytest.mark.parametrize(
