@@ -46,7 +46,8 @@ class SideBySide(Quadratic):
         inner, stiffness = self._cache.envelope_of or (None, 0.0)
         blocks = []
         for i, rows in enumerate(self.parts):
-            cache = Cache(self.gram[i], self._cache.precision, self._cache.energy[rows])
+            given = self._cache
+            cache = Cache(self.gram[i], given.precision, given.energy[rows], suspect=given.suspect)
             if isinstance(inner, SideBySide):
                 cache.envelope_of = inner.blocks[i], stiffness
             anchor = None if self.anchor is None else self.anchor[rows]

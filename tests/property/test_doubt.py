@@ -13,7 +13,7 @@ from convexprune.core._certificate import certify
 from convexprune.core._penalty import L1, Support
 from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
-from convexprune.solvers import Status, make_solver
+from convexprune.solvers import Status, make_solver, solve_all
 
 KINDS = ("low rank", "one token", "duplicates", "nearly duplicates", "dead columns")
 few = settings(max_examples=30)
@@ -119,6 +119,13 @@ def test_a_certificate_that_is_not_precise_is_of_a_sum_of_squares_too(made):
     for precise in (True, False):
         assert certify(problem, torch.zeros(1, 6), precise).gap == inf
     assert make_solver("fista", precise=False).solve(problem).status is Status.INCONSISTENT
+
+
+def test_problems_side_by_side_are_of_sums_of_squares_too():
+    several = [Problem(inconsistent(), L1(strength)) for strength in (1e-3, 2e-3)]
+    for precise in (True, False):
+        for each in solve_all(several, "fista", precise=precise):
+            assert each.status is Status.INCONSISTENT
 
 
 def test_what_was_computed_from_tokens_is_not_checked_again(monkeypatch):
