@@ -52,6 +52,8 @@ class Blocks:
         if len(weight.spec.shape) != 2 or weight.spec.code not in DTYPES:
             return None
         m, n = weight.spec.shape
+        if self.entry.spec.shape[0] != self.count * m:  # stored transposed, as by GPT-2
+            return None
         for grid in (*FAMILIES["gguf"].grids, make_grid("q4_0")):
             fits = isinstance(grid, Block) and n % grid.block == 0 and m * n * grid.bits == 8 * self.nbytes
             found = replace(self, grid=str(grid))

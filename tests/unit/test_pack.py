@@ -11,6 +11,7 @@ from rich.console import Console
 from runs import SETTINGS, flip
 from safetensors.torch import save_file
 from test_gguf import built, exported, quantized
+from tiny_families import TOKENS, build_family
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -271,3 +272,10 @@ def test_a_pack_stores_codes_once(kind: str, tmp_path: Path):
     (pack.output_dir / "blocks.ggml").write_bytes(blocks)
     with pytest.raises((ModelError, OutputError)):
         convexprune.unpack(pack.output_dir, tmp_path / "damaged", allow_changed=True)
+
+
+def test_a_weight_that_is_stored_transposed_is_packed_without_its_blocks(tmp_path: Path):
+    build_family("gpt2").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    run = quantized(tmp_path / "dense", tmp_path / "run", quantize="q8_0", dataset=TOKENS)
+    again = convexprune.unpack(convexprune.pack(run, tmp_path / "pack").output_dir, tmp_path / "again")
+    assert _files(again) == _files(run)
