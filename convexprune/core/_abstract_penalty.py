@@ -96,6 +96,10 @@ class AbstractPenalty(ABC):
         """
         return None
 
+    def inside(self, weight: Tensor) -> Tensor:
+        """Return the nearest point where p is finite, of a `weight` [m n] that rounding or an engine left outside."""
+        return weight
+
     def units(self, scale: Tensor) -> Tensor:
         """Return the scale nearest to a positive `scale` [n] of which `scaled` is known: by default, one number."""
         return scale.log().mean().exp().expand_as(scale)

@@ -58,6 +58,9 @@ class ElasticNet(Elementwise):
         soft = weight - weight.clamp(-step * strength, step * strength)
         return (soft / (1 + step * ridge)).clamp(lower, upper)
 
+    def inside(self, weight: Tensor) -> Tensor:
+        return self.prox(weight, 0.0)
+
     def conjugate(self, dual: Tensor) -> Tensor:
         """<S, V> - p(V) at the best weight, soft(S) / ridge in the box."""
         strength, ridge, lower, upper = self._like(dual)

@@ -89,6 +89,9 @@ class Blocks(AbstractPenalty):
     def prox(self, weight: Tensor, step: float) -> Tensor:
         return torch.cat([p.prox(w, step) for p, w in self._each(weight)], 1)
 
+    def inside(self, weight: Tensor) -> Tensor:
+        return torch.cat([p.inside(w) for p, w in self._each(weight)], 1)
+
     def conjugate(self, dual: Tensor) -> Tensor:
         return torch.stack([p.conjugate(s) for p, s in self._each(dual)]).sum(0)
 

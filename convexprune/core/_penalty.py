@@ -51,6 +51,9 @@ class L1(Elementwise):
         step = step or torch.finfo(weight.dtype).tiny  # an infinite strength makes zeros at any step
         return _shrink(weight, like(self.strength, weight), number_like(step, weight), out)
 
+    def inside(self, weight: Tensor) -> Tensor:
+        return self.prox(weight, 0.0)
+
     def forward_backward(self, weight: Tensor, residual: Tensor, step: float) -> Tensor:
         require_step(step)
         return _shrink_ahead(weight, residual, like(self.strength, weight), number_like(step, weight))
@@ -108,6 +111,9 @@ class Support(Elementwise):
 
     def prox_(self, weight: Tensor, step: float) -> Tensor:
         return weight.mul_(self.mask)
+
+    def inside(self, weight: Tensor) -> Tensor:
+        return self.prox(weight, 0.0)
 
     def project(self, dual: Tensor) -> Tensor:
         return dual * ~self.mask

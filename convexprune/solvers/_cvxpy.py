@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import NotNegative
-from convexprune.core import L1, AbstractPenalty, ElasticNet, Problem, Support, certify
+from convexprune.core import AbstractPenalty, Problem, certify
 from convexprune.core._abstract_penalty import Scaled
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
 from convexprune.solvers._statements import Constraints, stated
@@ -75,8 +75,7 @@ class CVXPY(AbstractSolver):
         displacement = (torch.from_numpy(rows).to(unit) / unit).to(problem.quadratic.cross)
         anchor = problem.quadratic.anchor
         weight = displacement if anchor is None else displacement + anchor
-        if isinstance(problem.penalty, L1 | Support | ElasticNet):
-            weight = problem.penalty.prox(weight, 0.0)  # constraints are met to the last bit
+        weight = problem.penalty.inside(weight)  # constraints are met to the last bit
         certificate = certify(problem, weight)
         status = Status.of(max((s for _, s in found), key=list(Status).index), certificate, self.tolerance)
         return Solution(weight, status, certificate, 0, 0, solved - built, built - began)

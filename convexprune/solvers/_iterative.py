@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._device.precision import solving_in
 from convexprune._setting_types import Count, NotNegative
-from convexprune.core import AbstractPenalty, ElasticNet, Problem
+from convexprune.core import AbstractPenalty, Blocks, ElasticNet, Problem
 from convexprune.core._certificate import proximal_steps, row_gaps
 from convexprune.solvers._base import (
     AbstractSolver,
@@ -106,8 +106,8 @@ class AbstractIterative(AbstractSolver):
         iterate = self._shrinking if leaving and can_shrink(inner) else self._iterate
         weight, status, iterations, products = iterate(inner, weight * scale, residual)
         weight = weight / scale
-        if isinstance(problem.penalty, ElasticNet):
-            weight = problem.penalty.prox(weight, 0.0)  # the units have rounded the bounds
+        if isinstance(problem.penalty, ElasticNet | Blocks):
+            weight = problem.penalty.inside(weight)  # the units have rounded the bounds
         return weight, status, iterations, products
 
     @abstractmethod

@@ -115,6 +115,22 @@ def test_on_few_tokens_total_variation_is_proven_in_float64(seed: int, strength:
         assert certificate.dual <= oracle.certificate.primal * (1 + 1e-9)
 
 
+def bounded(dtype: torch.dtype) -> Quadratic:
+    """Inputs of sizes .1 to 10, whose weights would like to be 2."""
+    x = random(0, 40, 6) * torch.logspace(-1, 1, 6, dtype=torch.float64)
+    return Quadratic.least_squares(x.to(dtype), (2 * x[:, :4].sum(1, keepdim=True) + random(1, 40, 2)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["fista", "admm", "cvxpy"])
+def test_the_answer_for_blocks_is_inside_their_bounds(name: str, dtype: torch.dtype):
+    inner = Blocks(((ElasticNet(0.01, lower=-0.1, upper=0.3), 2), (L1(torch.tensor([inf])), 1)))
+    penalty = Blocks(((inner, 3), (Support(torch.tensor([True, False, True])), 3)))
+    solution = make_solver(name, tolerance=1e-4).solve(Problem(bounded(dtype), penalty))
+    assert solution.certificate.primal < inf
+    assert bool((solution.weight[:, :2].double() <= 0.3).all()) and not bool(solution.weight[:, [2, 4]].any())
+
+
 @pytest.mark.parametrize("penalty", [TotalVariation(0.1), RowGroups(torch.arange(6) // 2, 0.1), ElasticNet(0.1)])
 def test_on_few_tokens_in_float32_nothing_is_proven_of_penalties_in_doubt(penalty: AbstractPenalty):
     quadratic = Quadratic.least_squares(random(0, 3, 6), random(1, 3, 2))
