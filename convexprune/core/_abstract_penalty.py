@@ -100,6 +100,18 @@ class AbstractPenalty(ABC):
         """Return the nearest point where p is finite, of a `weight` [m n] that rounding or an engine left outside."""
         return weight
 
+    def settled(self, weight: Tensor, eps: float) -> Tensor:
+        """Put entries on a bound if rounding alone moved them off it.
+
+        Args:
+            weight: V [m n].
+            eps: the rounding error of a number near 1.
+
+        Returns:
+            V [m n]. By default `weight` itself: a penalty without bounds has nothing to settle.
+        """
+        return weight
+
     def units(self, scale: Tensor) -> Tensor:
         """Return the scale nearest to a positive `scale` [n] of which `scaled` is known: by default, one number."""
         return scale.log().mean().exp().expand_as(scale)

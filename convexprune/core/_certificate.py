@@ -224,7 +224,8 @@ def _certified(problem: Problem, point: Tensor, precise: bool, residual: Tensor 
         if unit is not free:  # the penalty is not known in every unit
             consistent, unit = quadratic.is_sum_of_squares, power_of_two(unit)
             quadratic, ratio = given.double.scaled(unit), float((free / unit).square().max())
-        point, residual = point.double() * unit, None
+        settled = problem.penalty.settled(point.double(), torch.finfo(point.dtype).eps)
+        point, residual = settled * unit, None
         if certifies_in_parts(given.gram) and not problem.penalty.couples_rows:
             if many:
                 return None

@@ -61,6 +61,12 @@ class ElasticNet(Elementwise):
     def inside(self, weight: Tensor) -> Tensor:
         return self.prox(weight, 0.0)
 
+    def settled(self, weight: Tensor, eps: float) -> Tensor:
+        for bound in self._like(weight)[2:]:
+            near = (weight / bound - 1).abs() <= SLACK * eps  # false where a bound is zero, or infinite
+            weight = torch.where(near, bound, weight)
+        return weight
+
     def conjugate(self, dual: Tensor) -> Tensor:
         """<S, V> - p(V) at the best weight, soft(S) / ridge in the box."""
         strength, ridge, lower, upper = self._like(dual)

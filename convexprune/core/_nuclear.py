@@ -92,6 +92,9 @@ class Blocks(AbstractPenalty):
     def inside(self, weight: Tensor) -> Tensor:
         return torch.cat([p.inside(w) for p, w in self._each(weight)], 1)
 
+    def settled(self, weight: Tensor, eps: float) -> Tensor:
+        return torch.cat([p.settled(w, eps) for p, w in self._each(weight)], 1)
+
     def conjugate(self, dual: Tensor) -> Tensor:
         return torch.stack([p.conjugate(s) for p, s in self._each(dual)]).sum(0)
 

@@ -131,6 +131,20 @@ def test_the_answer_for_blocks_is_inside_their_bounds(name: str, dtype: torch.dt
     assert bool((solution.weight[:, :2].double() <= 0.3).all()) and not bool(solution.weight[:, [2, 4]].any())
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_weight_on_a_bound_is_certified_in_float32_as_in_float64(blocks: bool):
+    penalty = ElasticNet(0.01, lower=-0.1, upper=0.3)
+    stored, exact = (
+        Problem(bounded(dtype), Blocks(((penalty, 6),)) if blocks else penalty)
+        for dtype in (torch.float32, torch.float64)
+    )
+    solution = make_solver("admm").solve(stored)
+    assert solution.status is Status.SOLVED
+    beyond = solution.weight.where(solution.weight < 0.299, 0.3)  # of float32, which is above
+    sure = certify(exact, beyond.double().clamp(max=0.3))
+    assert certify(stored, beyond).gap <= sure.gap + 2e-5 * sure.primal
+
+
 @pytest.mark.parametrize("penalty", [TotalVariation(0.1), RowGroups(torch.arange(6) // 2, 0.1), ElasticNet(0.1)])
 def test_on_few_tokens_in_float32_nothing_is_proven_of_penalties_in_doubt(penalty: AbstractPenalty):
     quadratic = Quadratic.least_squares(random(0, 3, 6), random(1, 3, 2))
