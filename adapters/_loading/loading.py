@@ -23,6 +23,7 @@ from .._checkpoints.admission import refuse_other_codes, refuse_quantized, requi
 from .._checkpoints.origin import Origin
 from .._checkpoints.reading import ask, model_class, parameters_on_meta, read_tokenizer
 from .._checkpoints.shards import Shards
+from .._checkpoints.unpacking import refuse_left_out
 from .._discovery.family import decoder_layers, refuse_more_layers
 from .._discovery.operators import computes_on
 from .._huggingface import HuggingFaceModel
@@ -182,6 +183,8 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
             f"{source}: the checkpoint lacks {len(missing)} tensors that the model needs, first {missing[0]}; "
             "they would be random. Copy or download it again, or correct its config.json."
         )
+    if "gguf_file" in place:
+        refuse_left_out(folder / place["gguf_file"], model)
     if type(model.config) is not type(config):
         logger.warning("%s: transformers reads its text alone; what is saved from memory has no images.", source)
     # On a CPU transformers maps the weights from their files: what is written to these would change the model.
