@@ -256,8 +256,10 @@ def _steps(gram: Tensor, weight: Tensor, slope: Tensor, least: Tensor, most: Ten
     settled = slope.masked_fill(~inside, 0).abs().amax(1, keepdim=True) <= 1e-6 * largest
     newton = _newton_direction(gram, slope.masked_fill(~inside & ~(settled & (slope.abs() == largest)), 0))
     room = torch.where(newton > 0, most, least) - weight
-    yield newton * torch.where(newton != 0, room / newton, inf).amin(1, keepdim=True).clamp_max(1)
-    yield slope / gram.abs().sum(2)  # Jacobi's step over the row sums always goes down
+    length = torch.where(newton != 0, room / newton, inf).amin(1, keepdim=True).clamp_max(1)
+    jacobi = slope / gram.abs().sum(2)  # over the row sums it always goes down
+    yield torch.where(length > 0, newton * length, jacobi)  # no room: a weight on a bound would leave it
+    yield jacobi
 
 
 def _newton_direction(gram: Tensor, slope: Tensor) -> Tensor:

@@ -61,6 +61,16 @@ def test_rows_with_a_ridge_or_on_their_bounds_are_done_when_they_are(rest: dict[
     assert solution.status is Status.SOLVED and solution.iterations < 10
 
 
+def test_where_newton_steps_would_leave_a_bound_a_slower_step_goes_on():
+    x = torch.tensor([[-0.57, 0.44, 0.72, -0.89, -0.57]], dtype=torch.float64)  # one token: H is singular
+    lower = torch.tensor([-0.33, -0.37, -0.3, -0.05, -0.32], dtype=torch.float64)
+    upper = torch.tensor([0.31, 0.2, 0.13, 0.08, 0.37], dtype=torch.float64)
+    target = torch.tensor([[0.44]], dtype=torch.float64)
+    problem = Problem(Quadratic.least_squares(x, target), ElasticNet(0.007, lower=lower, upper=upper))
+    solution = solve(problem, "working-set", tolerance=1e-8)
+    assert solution.status is Status.SOLVED and solution.iterations < 10
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(KINDS), seeds, st.sampled_from((0.3, 0.03, 0.003)), st.booleans(), st.booleans())
 def test_coordinate_descent_of_scikit_learn_is_of_the_same_problem(kind, seed, share, positive, ridge):
