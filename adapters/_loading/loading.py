@@ -19,11 +19,10 @@ from convexprune._storage.tensors import entries
 from convexprune.errors import ModelError
 
 from .._checkpoints import model_folder
-from .._checkpoints.admission import refuse_other_codes, refuse_quantized, require_plain
+from .._checkpoints.admission import refuse_left_out, refuse_other_codes, refuse_quantized, require_plain
 from .._checkpoints.origin import Origin
 from .._checkpoints.reading import ask, model_class, parameters_on_meta, read_tokenizer
 from .._checkpoints.shards import Shards
-from .._checkpoints.unpacking import refuse_left_out
 from .._discovery.family import decoder_layers, refuse_more_layers
 from .._discovery.operators import computes_on
 from .._huggingface import HuggingFaceModel
