@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._device.precision import solving_in
 from convexprune._setting_types import Count, NotNegative
-from convexprune.core import AbstractPenalty, Blocks, ElasticNet, Problem
+from convexprune.core import AbstractPenalty, Problem
 from convexprune.core._certificate import proximal_steps, row_gaps
 from convexprune.solvers._base import (
     AbstractSolver,
@@ -105,9 +105,7 @@ class AbstractIterative(AbstractSolver):
             return weight, Status.SOLVED, 0, 1
         iterate = self._shrinking if leaving and can_shrink(inner) else self._iterate
         weight, status, iterations, products = iterate(inner, weight * scale, residual)
-        weight = weight / scale
-        if isinstance(problem.penalty, ElasticNet | Blocks):
-            weight = problem.penalty.inside(weight)  # the units have rounded the bounds
+        weight = problem.penalty.inside(weight / scale)  # the units have rounded the bounds
         return weight, status, iterations, products
 
     @abstractmethod

@@ -46,12 +46,12 @@ class ScikitLearn(AbstractByRow):
         began, weight = time.perf_counter(), np.zeros(problem.shape)
         rows = _rows(problem)
         if start is not None:
-            weight[:] = problem.penalty.prox(initial(problem, start), 0.0).cpu().numpy()
+            weight[:] = problem.penalty.inside(initial(problem, start)).cpu().numpy()
         runs, most, near = _runs(rows), 0, FIRST * self.tolerance**0.5
         while True:
             made, limit = self._descend(rows, weight, runs, near)
             most += made
-            found = problem.penalty.prox(torch.from_numpy(weight).to(problem.quadratic.cross), 0.0)
+            found = problem.penalty.inside(torch.from_numpy(weight).to(problem.quadratic.cross))
             said = Status.ITERATION_LIMIT if limit else Status.SOLVED
             alike = [(said, most, 0)] * problem.quadratic.problems
             solution = certified(problem, found, alike, self.tolerance, began)

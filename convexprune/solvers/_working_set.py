@@ -66,12 +66,12 @@ class WorkingSet(AbstractByRow):
         quadratic, unit = problem.quadratic.unit_free
         weight = torch.zeros_like(quadratic.cross)
         if start is not None:
-            weight = problem.penalty.prox(initial(problem, start), 0.0).double() * unit
+            weight = problem.penalty.inside(initial(problem, start)).double() * unit
         status, rounds, products = Status.FAILED, 0, 1
         if bool(quadratic.cross.isfinite().all()) and bool(quadratic.gram.isfinite().all()):
             rows = Rows.of(problem, weight)
             status, rounds, products = self._rounds(rows, quadratic.gram, weight)
-        weight = problem.penalty.prox((weight / unit).to(problem.quadratic.cross), 0.0)
+        weight = problem.penalty.inside((weight / unit).to(problem.quadratic.cross))
         made = [(status, rounds, products)] * problem.quadratic.problems
         return certified(problem, weight, made, self.tolerance, began)
 
