@@ -1,8 +1,10 @@
 """ADMM for convex penalties: an exact quadratic step and a prox in turn, certified by the duality gap."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from convexprune._device.precision import add_product
@@ -44,7 +46,7 @@ class ADMM(AbstractIterative):
     max_iterations: Count = 1000
     check_every: Count = 10
     rho: Positive = 0.1
-    relaxation: Positive = 1.6
+    relaxation: Annotated[float, Field(gt=0, lt=2)] = 1.6
 
     def _iterate(
         self, problem: Problem, weight: Tensor, residual: Tensor | None = None, shrink: Shrink | None = None

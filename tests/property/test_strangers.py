@@ -74,6 +74,7 @@ def changed(value: float):
     "a function": (lambda: solve(POSED, make_solver), "The solver is of type function"),  # pyright: ignore[reportArgumentType]
     "settings": (lambda: solve(POSED, make_solver("fista"), tolerance=1e-3), "has its own"),
     "a tolerance": (lambda: solve(POSED, tolerance=-1), "greater than or equal to 0"),
+    "a relaxation that diverges": (lambda: make_solver("admm", relaxation=2.0), "less than 2"),
     "a number for a path": (lambda: path(POSED, 0.1), "a list of positive numbers"),  # pyright: ignore[reportArgumentType]
     "texts for a path": (lambda: path(POSED, ["a"]), "a list of positive numbers"),  # pyright: ignore[reportArgumentType]
 }.values())  # fmt: skip
