@@ -73,7 +73,7 @@ def _(penalty: GroupLasso, weight: Any, constraints: Constraints) -> Any:
 @stated.register
 def _(penalty: RowGroups, weight: Any, constraints: Constraints) -> Any:
     groups = np.broadcast_to(penalty.groups.cpu().numpy(), weight.shape)
-    strength = np.broadcast_to(np.asarray(penalty.strength), (1, groups.max() + 1))[0]
+    strength = np.broadcast_to(torch.as_tensor(penalty.strength).cpu().numpy(), (1, groups.max() + 1))[0]
     each = [(i, g, np.flatnonzero(row == g)) for i, row in enumerate(groups) for g in np.unique(row)]
     norms = [strength[g] * cp.norm(weight[i, places]) for i, g, places in each]
     return cp.sum(norms) + cp.sum(cp.multiply(_like(penalty.l1, weight), cp.abs(weight)))
